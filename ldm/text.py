@@ -1,0 +1,117 @@
+"""The text encoder: from a prompt to the context that the UNet reads.
+
+The transformer is `transformers`' own CLIP text model (Radford et al. 2021, arXiv:2103.00020,
+section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token.
+Prompts are cut and filled to a fixed number of tokens; the mask is causal, and padding is not
+masked, since SD v1 was trained to see it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import TextConfig
+from ldm.tokenizer import Tokenizer
+
+
+class CLIPTextEncoder(nn.Module):
+    """Prompts -> context. `SD_V1.text` makes CLIP ViT-L/14's 123,060,480 parameters."""
+
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer | None = None) -> None:
+        """Without a tokenizer the encoder still encodes ids.
+
+        Raises:
+            ValueError: the tokenizer's special tokens are not where the config says.
+        """
+        from transformers import CLIPTextConfig, CLIPTextModel  # seconds to import: only here
+
+        super().__init__()
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, config)
+        self.config = config
+        self.tokenizer = tokenizer
+        model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.mlp_size,
+                projection_dim=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.max_length,
+                hidden_act="quick_gelu",
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.eos_token_id,
+            )
+        )
+        # transformers 4 wraps the transformer once more, transformers 5 does not.
+        self.transformer = getattr(model, "text_model", model)
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> context (B, max_length, hidden_size)."""
+        return self.encode(self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> token ids, int64 (B, max_length), on the encoder's device.
+
+        Warns with the words that did not fit when a prompt is too long.
+
+        Raises:
+            ValueError: the encoder has no tokenizer, or was given one string for a list.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("pass a list of prompts, not one string")
+        tokenizer = self.require_tokenizer()
+        rows = []
+        for prompt in prompts:
+            ids = tokenizer.encode(prompt)
+            if lost := ids[self.config.max_length - 2 :]:
+                warnings.warn(
+                    f"the prompt is {len(lost)} tokens too long, this was left out: "
+                    f"{tokenizer.decode(lost)!r}",
+                    stacklevel=2,
+                )
+            rows.append(tokenizer.pad(ids, self.config.max_length))
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)  # (B, max_length)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Token ids (B, max_length) -> context (B, max_length, hidden_size)."""
+        context: Tensor = self.transformer(input_ids=ids).last_hidden_state
+        return context
+
+    def token_strings(self, ids: Tensor) -> list[list[str]]:
+        """Token ids (B, L) -> the tokens as text, for people: `"house</w>"` ends a word."""
+        return [self.require_tokenizer().strings(row) for row in ids.tolist()]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.transformer.final_layer_norm.weight.device
+        return device
+
+    def rebuild_buffers(self) -> None:
+        """Make the position ids anew: a model that was built on the meta device and filled from a
+        file still lacks them, since no file need hold them."""
+        positions = torch.arange(self.config.max_length, device=self.device)[None]  # (1, L)
+        self.transformer.embeddings.register_buffer("position_ids", positions, persistent=False)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or a ValueError that says that there is none."""
+        if self.tokenizer is None:
+            raise ValueError("this text encoder has no tokenizer: it encodes token ids only")
+        return self.tokenizer
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:
+    """The ids of a tokenizer must be those that the weights were trained with."""
+    ours = (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    theirs = (config.vocab_size, config.bos_token_id, config.eos_token_id)
+    if ours != theirs:
+        raise ValueError(
+            f"the tokenizer's size, start and end ids are {ours}, the text encoder's are {theirs}"
+        )
