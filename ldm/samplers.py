@@ -1,0 +1,217 @@
+"""Samplers: from noise to a picture, one step at a time.
+
+Each sampler is a generator: it asks `eps_fn` for the noise, takes one step towards less of it, and
+yields everything it knows as a `Step`. Samplers know no model, so they run as well on a closed
+form as on a UNet:
+
+    for step in ddim(eps_fn, x, schedule.ddim_timesteps(50), schedule):
+        show(step.x0)
+
+`generator.send(new_x)` goes on from `new_x` instead of `step.x_prev` and returns the next Step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.schedule import NoiseSchedule, x0_from_eps
+
+
+class Prediction(NamedTuple):
+    """What a guided model says: the noise to use, and the two predictions it was made of."""
+
+    eps: Tensor
+    eps_cond: Tensor
+    eps_uncond: Tensor
+
+
+EpsFn = Callable[[Tensor, Tensor], Tensor | Prediction]
+"""eps_fn(x, t): x (B, C, H, W) and t int64 (B,) -> the noise in x."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler. No later step changes these tensors; all are (B, C, H, W).
+
+    Attributes:
+        index: 0 for the first step.
+        t: the timestep of `x`; t_prev: that of `x_prev` (-1 is the clean picture).
+        x: the noisy latents before the step; x_prev: after it.
+        eps: the predicted noise in `x`; x0: the clean picture that it implies.
+        eps_cond, eps_uncond: with and without the prompt, where guidance made `eps`, else None.
+    """
+
+    index: int
+    t: int
+    t_prev: int
+    x: Tensor
+    eps: Tensor
+    eps_cond: Tensor | None
+    eps_uncond: Tensor | None
+    x0: Tensor
+    x_prev: Tensor
+
+
+Steps = Generator[Step, Tensor | None, None]
+
+
+def guide(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    context: Tensor,
+    uncond_context: Tensor,
+    guidance_scale: float,
+) -> EpsFn:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6): step away from what
+    the model would draw anyway, towards what the prompt asks for.
+
+    The model runs in the context's dtype (half precision, say); `x` and the result stay in theirs.
+
+    Args:
+        model: model(x, t, context) -> eps; called once per step, on both contexts as one batch.
+        context: the prompts' text states, (B, M, D).
+        uncond_context: those of the empty (or the negative) prompt, (B, M, D).
+        guidance_scale: 1 follows the prompt as trained, and only then the prompt alone is asked;
+            more follows it harder.
+    """
+    if guidance_scale == 1.0:
+        return lambda x, t: model(x.to(context.dtype), t, context).to(x.dtype)
+
+    both = torch.cat([uncond_context, context])  # (2 B, M, D)
+
+    def eps_fn(x: Tensor, t: Tensor) -> Prediction:
+        twice = torch.cat([x, x]).to(both.dtype)
+        eps = model(twice, torch.cat([t, t]), both).to(x.dtype)  # (2 B, C, H, W)
+        eps_uncond, eps_cond = eps.chunk(2)
+        guided = eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+        return Prediction(guided, eps_cond, eps_uncond)
+
+    return eps_fn
+
+
+def ddim(
+    eps_fn: EpsFn,
+    x: Tensor,
+    timesteps: Sequence[tuple[int, int]],
+    schedule: NoiseSchedule,
+    *,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Steps:
+    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12).
+
+    Args:
+        eps_fn: predicts the noise.
+        x: starting noise, (B, C, H, W); never changed.
+        timesteps: pairs (t, t_prev), e.g. `schedule.ddim_timesteps(50)`.
+        schedule: gives alpha_bar.
+        eta: 0 is deterministic, 1 adds as much noise per step as DDPM does.
+        generators: one CPU generator per image, for the noise of eta > 0.
+
+    Raises:
+        ValueError: at the call, for an eta outside [0, 1] or noise without its generators.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be between 0 and 1, not {eta}")
+    if eta > 0.0:
+        check_generators(generators, x)
+
+    @torch.no_grad()
+    def steps(x: Tensor) -> Steps:
+        for index, (t, t_prev) in enumerate(timesteps):
+            alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
+            prediction = eps_fn(x, torch.full((len(x),), t, device=x.device))
+            eps, eps_cond, eps_uncond = unpack(prediction)
+            x0 = x0_from_eps(x, eps, alpha_bar)
+
+            # DDIM eq. 16: the noise's share; the direction to x_t takes what is left of it.
+            variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+            sigma = eta * max(variance, 0.0) ** 0.5
+            direction = max(1 - alpha_bar_prev - sigma**2, 0.0) ** 0.5 * eps
+            x_prev = alpha_bar_prev**0.5 * x0 + direction  # DDIM eq. 12
+            if eta > 0.0:
+                x_prev = x_prev + sigma * draw_noise(generators, x)
+
+            sent = yield Step(index, t, t_prev, x, eps, eps_cond, eps_uncond, x0, x_prev)
+            x = x_prev if sent is None else sent
+
+    return steps(x)
+
+
+def ddpm(
+    eps_fn: EpsFn,
+    x: Tensor,
+    timesteps: Sequence[tuple[int, int]],
+    schedule: NoiseSchedule,
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Steps:
+    """DDPM's ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2).
+
+    Steps may skip timesteps: alpha is then the ratio of the two alpha_bars. The variance is the
+    posterior's ("fixed small", beta-tilde of eq. 7), and x0 is not clipped.
+
+    Args:
+        eps_fn: predicts the noise.
+        x: starting noise, (B, C, H, W); never changed.
+        timesteps: pairs (t, t_prev), e.g. `schedule.ddpm_timesteps(1000)`.
+        schedule: gives alpha_bar.
+        generators: one CPU generator per image, for the noise of every step but the last.
+
+    Raises:
+        ValueError: at the call, when the generators are missing or not one per image.
+    """
+    check_generators(generators, x)
+
+    @torch.no_grad()
+    def steps(x: Tensor) -> Steps:
+        for index, (t, t_prev) in enumerate(timesteps):
+            alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
+            alpha = alpha_bar / alpha_bar_prev
+            prediction = eps_fn(x, torch.full((len(x),), t, device=x.device))
+            eps, eps_cond, eps_uncond = unpack(prediction)
+            x0 = x0_from_eps(x, eps, alpha_bar)
+
+            # DDPM eq. 7: the mean of q(x_prev | x, x0), and its variance beta-tilde.
+            x0_share = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
+            x_share = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+            variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
+            x_prev = x0_share * x0 + x_share * x
+            if t_prev >= 0:
+                x_prev = x_prev + variance**0.5 * draw_noise(generators, x)
+
+            sent = yield Step(index, t, t_prev, x, eps, eps_cond, eps_uncond, x0, x_prev)
+            x = x_prev if sent is None else sent
+
+    return steps(x)
+
+
+def unpack(prediction: Tensor | Prediction) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(eps, eps_cond, eps_uncond); the last two are None where there was no guidance."""
+    return prediction if isinstance(prediction, Prediction) else (prediction, None, None)
+
+
+def draw_noise(generators: Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
+    """Standard normal noise of the shape of `like` (B, ...), each image's from its own generator.
+
+    It is drawn on the CPU, so that a seed means the same noise on every device and an image does
+    not depend on its neighbours in the batch; from pinned memory the copy does not make the
+    program wait for the device.
+    """
+    assert generators is not None  # the samplers checked
+    noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
+    if like.device.type == "cuda":
+        noise = noise.pin_memory()
+    return noise.to(like.device, like.dtype, non_blocking=True)
+
+
+def check_generators(generators: Sequence[torch.Generator] | None, x: Tensor) -> None:
+    """One generator per image, or a ValueError that says so."""
+    if generators is None:
+        raise ValueError("this sampler draws noise: pass generators=[...], one per image")
+    if len(generators) != x.shape[0]:
+        raise ValueError(f"{x.shape[0]} images need as many generators, not {len(generators)}")

@@ -1,0 +1,107 @@
+"""The noise schedule: how much of the picture is left at timestep t, and which t to visit.
+
+Noising has a closed form (DDPM eq. 4): from a clean x0 to timestep t in one stroke,
+
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, 1).
+
+The pure functions below turn that equation around: any two of x, x0, eps (and v) give the rest.
+All of them broadcast `alpha_bar`: a float, or a tensor that broadcasts against the latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm.config import ScheduleConfig
+
+
+def noised(x0: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """x_t from a clean x0 and the noise (DDPM eq. 4)."""
+    return alpha_bar**0.5 * x0 + (1.0 - alpha_bar) ** 0.5 * eps
+
+
+def x0_from_eps(x: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """The clean estimate, given the noise (DDPM eq. 4 solved for x0; DDIM eq. 9)."""
+    return (x - (1.0 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
+def eps_from_x0(x: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """The noise, given the clean estimate (DDPM eq. 4 solved for eps)."""
+    return (x - alpha_bar**0.5 * x0) / (1.0 - alpha_bar) ** 0.5
+
+
+def v_from_eps(x0: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """The velocity v (Salimans & Ho 2022, arXiv:2202.00512, section 4)."""
+    return alpha_bar**0.5 * eps - (1.0 - alpha_bar) ** 0.5 * x0
+
+
+def x0_from_v(x: Tensor, v: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """The clean estimate, given the velocity (Salimans & Ho 2022, appendix D)."""
+    return alpha_bar**0.5 * x - (1.0 - alpha_bar) ** 0.5 * v
+
+
+def eps_from_v(x: Tensor, v: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """The noise, given the velocity: x and v are x0 and eps rotated by one angle."""
+    return (1.0 - alpha_bar) ** 0.5 * x + alpha_bar**0.5 * v
+
+
+class NoiseSchedule:
+    """Betas, their cumulative products, and the grids of timesteps that samplers walk.
+
+    Attributes:
+        betas: (T,) float32 on the CPU, the noise added at each training step.
+        alpha_bar: (T,) float32 on the CPU, the share of the signal's variance left after it,
+            the cumulative product of 1 - beta; falls from nearly 1 to nearly 0.
+    """
+
+    def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
+        """Both tables are computed in float64 and cast once, as the reference code does."""
+        self.config = config
+        betas = (
+            torch.linspace(
+                config.beta_start**0.5,
+                config.beta_end**0.5,
+                config.num_train_timesteps,
+                dtype=torch.float64,
+            )
+            ** 2
+        )
+        self.betas = betas.float()
+        self.alpha_bar = torch.cumprod(1.0 - betas, dim=0).float()
+
+    def alpha_bar_at(self, t: int) -> float:
+        """alpha_bar of one timestep; t = -1 stands for the clean picture, where it is 1."""
+        return 1.0 if t == -1 else self.alpha_bar[t].item()
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noise a batch to its timesteps: x0 and noise (B, ...), t int64 (B,) -> (B, ...)."""
+        alpha_bar = self.alpha_bar.to(x0.device)[t].to(x0.dtype)
+        return noised(x0, noise, alpha_bar.view(-1, *[1] * (x0.ndim - 1)))
+
+    def timesteps(self, steps: int) -> list[int]:
+        """`steps` evenly spaced timesteps, noisiest first: k * (T // steps) + 1, k from steps - 1
+        down to 0. All T steps would end outside the table: there it is T - 1 down to 0.
+
+        Raises:
+            ValueError: `steps` is not within 1 and T.
+        """
+        total = self.config.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+        offset = 0 if steps == total else 1
+        return [k * (total // steps) + offset for k in reversed(range(steps))]
+
+    def ddim_timesteps(self, steps: int) -> list[tuple[int, int]]:
+        """The pairs (t, t_prev) that DDIM walks; the last one ends at timestep 0, as SD v1 does,
+        not at the clean picture."""
+        return pairs(self.timesteps(steps), end=0)
+
+    def ddpm_timesteps(self, steps: int) -> list[tuple[int, int]]:
+        """The pairs (t, t_prev) that DDPM walks; the last one ends at the clean picture, -1."""
+        return pairs(self.timesteps(steps), end=-1)
+
+
+def pairs(timesteps: list[int], end: int) -> list[tuple[int, int]]:
+    """[981, 961, ..., 1] -> [(981, 961), ..., (1, end)]."""
+    return list(zip(timesteps, [*timesteps[1:], end], strict=True))
