@@ -1,0 +1,299 @@
+"""Text to image: four stages composed, nothing hidden.
+
+    prompt ── text ── context ─┐
+    noise ─────────────────── unet, once per step of the sampler ── latents ── vae ── picture
+
+`pipe(prompt)` runs `pipe.denoise(prompt)` to its end and decodes what comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import save_checkpoint
+from ldm.config import ModelConfig
+from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
+from ldm.schedule import NoiseSchedule
+from ldm.text import CLIPTextEncoder
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SAMPLERS = ("ddim", "ddpm")
+MAX_SEED = 2**63 - 1
+
+
+class TextToImage:
+    """A latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), ready to draw.
+
+    Attributes:
+        unet, vae, text, schedule: the stages, each a plain object that works alone.
+        config: the numbers they were built from.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: AutoencoderKL,
+        text: CLIPTextEncoder,
+        schedule: NoiseSchedule,
+        config: ModelConfig,
+    ) -> None:
+        self.unet = unet
+        self.vae = vae
+        self.text = text
+        self.schedule = schedule
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are: float32, or half precision."""
+        return self.unet.conv_in.weight.dtype
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move all stages; what is not given stays as it is. Returns the pipeline itself.
+
+        Raises:
+            ValueError: the device is not there.
+        """
+        device = self.device if device is None else check_device(device)
+        for stage in (self.unet, self.vae, self.text):
+            stage.to(device=device, dtype=dtype)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write all weights as one safetensors file in the official layout, and the tokenizer's
+        two files beside it. The file appears whole or not at all."""
+        path = Path(path)
+        save_checkpoint(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
+        self.text.require_tokenizer().save(path.parent)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> list[Image]:
+        """Draw pictures of a prompt, or `num_images` of each of several. See `denoise`.
+
+        Returns:
+            PIL images, those of the first prompt first.
+        """
+        run = self.denoise(
+            prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            num_images=num_images,
+            height=height,
+            width=width,
+        )
+        for step in run:
+            latents = step.x_prev
+        return self.decode(latents)
+
+    def denoise(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Steps:
+        """The same run as `pipe(...)`, one `Step` at a time: `pipe.decode(step.x0)` shows it.
+
+        Args:
+            prompt: what to draw; a list of prompts gives `num_images` of each.
+            steps: how many times the UNet is asked, 1 to 1000.
+            guidance_scale: how hard to follow the prompt; 1 is without guidance.
+            negative_prompt: what to move away from; empty is the plain unconditional model.
+            sampler: "ddim" or "ddpm".
+            eta: for ddim, from 0 (the seed alone decides) to 1 (noise at every step).
+            seed: image i draws its noise from a generator of its own, seeded `seed + i`.
+            num_images: pictures per prompt.
+            height, width: in pixels, multiples of the VAE's factor; by default as trained.
+
+        Raises:
+            ValueError: at the call, before any work, for any argument out of its range.
+        """
+        prompts = check_prompts(prompt, num_images)
+        check_settings(
+            self.config,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            seeds=(seed, seed + len(prompts) - 1),
+            height=height,
+            width=width,
+        )
+        shape = latent_shape(self.config, height, width)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        noise = torch.empty(len(prompts), *shape, device=self.device)  # (B, C, h, w), float32
+        x = draw_noise(generators, noise)
+        context = self.context(prompts)  # (B, L, D)
+        uncond_context = self.context([negative_prompt]).expand_as(context)
+        eps_fn = guide(self.unet, context, uncond_context, guidance_scale)
+
+        if sampler == "ddim":
+            grid = self.schedule.ddim_timesteps(steps)
+            return ddim(eps_fn, x, grid, self.schedule, eta=eta, generators=generators)
+        grid = self.schedule.ddpm_timesteps(steps)
+        return ddpm(eps_fn, x, grid, self.schedule, generators=generators)
+
+    @torch.no_grad()
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """The text states of prompts, (B, max_length, context_dim). An equal prompt is encoded
+        once, and alone, so that an image does not depend on its neighbours in the batch."""
+        states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
+        return torch.cat([states[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Scaled latents (B, C, h, w), which stay as they are, to B PIL images.
+
+        One at a time: a batch would take as many times the memory.
+        """
+        from PIL import Image
+
+        images = []
+        for z in latents.to(self.device, self.dtype).split(1):
+            y = self.vae.decode(z / self.vae.config.scaling_factor).float()[0]  # (3, H, W)
+            levels = ((y + 1) / 2).clamp(0, 1).mul(255).round().byte()
+            images.append(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()))
+        return images
+
+    @torch.no_grad()
+    def encode(self, image: Image | Sequence[Image]) -> Tensor:
+        """PIL images of one size to scaled latents (B, C, h, w), the posterior's modes.
+
+        Raises:
+            ValueError: a side is not a multiple of the VAE's factor.
+        """
+        import numpy as np
+
+        images = image if isinstance(image, Sequence) else [image]
+        for one in images:
+            latent_shape(self.config, one.height, one.width)
+        pixels = torch.from_numpy(np.stack([np.asarray(one.convert("RGB")) for one in images]))
+        x = pixels.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1  # (B, 3, H, W)
+        return self.vae.encode(x).mode() * self.vae.config.scaling_factor
+
+
+def latent_shape(
+    config: ModelConfig, height: int | None, width: int | None
+) -> tuple[int, int, int]:
+    """The shape (C, h, w) of one picture's latents; None is the size the model was trained on.
+
+    Raises:
+        ValueError: a side is not a positive multiple of the VAE's factor.
+    """
+    factor = config.vae.factor
+    height = config.image_size if height is None else height
+    width = config.image_size if width is None else width
+    for name, size in (("height", height), ("width", width)):
+        if size < factor or size % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, not {size}")
+    return config.vae.latent_channels, height // factor, width // factor
+
+
+def check_settings(
+    config: ModelConfig,
+    *,
+    steps: int,
+    guidance_scale: float,
+    sampler: str,
+    eta: float,
+    seeds: tuple[int, int],
+    height: int | None,
+    width: int | None,
+) -> None:
+    """A ValueError in one line for the first setting that is out of its range; `seeds` are the
+    first and the last one used."""
+    total = config.schedule.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be between 0 and 1, not {eta}")
+    if eta != 0.0 and sampler != "ddim":
+        raise ValueError(f"eta is a setting of ddim: {sampler} has none")
+    if not 0 <= seeds[0] <= seeds[1] <= MAX_SEED:
+        raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {seeds[0]}")
+    latent_shape(config, height, width)
+
+
+def check_prompts(prompt: str | Sequence[str], num_images: int) -> list[str]:
+    """One prompt per image, or a ValueError in one line."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(one.strip() for one in prompts):
+        raise ValueError("the prompt is empty")
+    if num_images < 1:
+        raise ValueError(f"num_images must be 1 or more, not {num_images}")
+    return [one for one in prompts for _ in range(num_images)]
+
+
+def default_device() -> torch.device:
+    """The fastest device of this machine: cuda, mps, or cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Half precision on a GPU, where it is faster and takes half the memory; float32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A device that this machine has, or a ValueError in one line."""
+    try:
+        checked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: try cpu, cuda or mps") from error
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "meta": 1,
+    }.get(checked.type, 0)
+    if (checked.index or 0) >= there:
+        raise ValueError(f"there is no device {str(checked)!r} on this machine")
+    return checked
