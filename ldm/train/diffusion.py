@@ -1,0 +1,106 @@
+"""Stage 3: the UNet learns to see the noise in a noisy latent (DDPM, algorithm 1; LDM, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.scenes import Scene
+from ldm.schedule import NoiseSchedule
+from ldm.text import CLIPTextEncoder
+from ldm.train.autoencoder import encode_scenes
+from ldm.train.data import draw_scenes, object_masks, rng_at
+from ldm.train.state import Optimisation, Record, TrainState, fast_step
+from ldm.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How the UNet is trained."""
+
+    optimisation: Optimisation = field(
+        default_factory=lambda: Optimisation(steps=6000, batch_size=64, learning_rate=6e-4)
+    )
+    image_size: int = 64
+    num_scenes: int = 40_000
+    """How many scenes are drawn and encoded, once, before the first step."""
+    caption_dropout: float = 0.1
+    """How often a caption is left empty: the model learns to draw without words as well, which
+    guidance needs (Ho & Salimans 2022, algorithm 1)."""
+    snr_gamma: float = 5.0
+    """Nearly clean latents count less: min(SNR, gamma) / SNR (Hang et al. 2023,
+    arXiv:2303.09556, section 3.4)."""
+    object_weight: float = 1.0
+    """How much more a latent of a house, tree, sun or moon counts."""
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Scenes and what the autoencoder made of them, ready to be noised.
+
+    Attributes:
+        scenes: N of them.
+        latents: (N, C, h, w), scaled to unit std.
+        objects: (N, 1, h, w) in [0, 1], how much of each latent an object covers.
+    """
+
+    scenes: Sequence[Scene]
+    latents: Tensor
+    objects: Tensor
+
+
+@torch.no_grad()
+def encode_set(vae: AutoencoderKL, settings: DiffusionSettings) -> LatentSet:
+    """Draw scenes and encode them once: the autoencoder is frozen, so every epoch would give the
+    same latents again."""
+    scenes = draw_scenes(rng_at(settings.optimisation.seed, 0), settings.num_scenes)
+    with fast_step(next(vae.parameters()).device):
+        latents = encode_scenes(vae, scenes, settings.image_size)
+    objects = F.avg_pool2d(object_masks(scenes, settings.image_size), vae.config.factor)
+    return LatentSet(
+        scenes, latents.float() * vae.config.scaling_factor, objects.to(latents.device)
+    )
+
+
+def train_diffusion(
+    state: TrainState,
+    settings: DiffusionSettings,
+    data: LatentSet,
+    text: CLIPTextEncoder,
+    schedule: NoiseSchedule,
+) -> Iterator[Record]:
+    """Minimise the squared error of the predicted noise, at random timesteps and captions.
+
+    Yields one record per step, with the weighted `loss` and the plain `mse`.
+    """
+    s = settings.optimisation
+    while state.step < s.steps:
+        rng = rng_at(s.seed + 1, state.step)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        index = rng.integers(len(data.scenes), size=s.batch_size)
+        captions = [
+            "" if rng.random() < settings.caption_dropout else data.scenes[i].caption(rng)
+            for i in index
+        ]
+        chosen = torch.from_numpy(index)
+        x0 = data.latents[chosen]
+        weight = 1.0 + settings.object_weight * data.objects[chosen]  # (B, 1, h, w)
+        t = torch.randint(len(schedule.alpha_bar), (s.batch_size,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+
+        with fast_step(state.device):
+            with torch.no_grad():
+                context = text(captions)
+            t = t.to(x0.device)
+            eps = state.model(schedule.add_noise(x0, noise, t), t, context)
+        error = (eps.float() - noise).square()  # (B, C, h, w)
+        alpha_bar = schedule.alpha_bar.to(x0.device)[t]
+        snr = alpha_bar / (1 - alpha_bar)
+        balance = snr.clamp(max=settings.snr_gamma) / snr  # (B,)
+        loss = (balance.view(-1, 1, 1, 1) * weight * error).mean() / weight.mean()
+        state.update(loss)
+        yield Record(state.step, {"loss": loss.item(), "mse": error.mean().item()})

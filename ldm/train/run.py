@@ -1,0 +1,216 @@
+"""From a training loop to files: progress bar, log, checkpoints, and the finished model's folder.
+
+Everything of one run lives in one folder. A stage `NAME` keeps its state in `NAME.pt` and a line of
+JSON per logged step in `NAME.jsonl`; a later stage reads the earlier ones' finished states there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.checkpoint import config_to_json, save_checkpoint
+from ldm.config import HORIZON
+from ldm.schedule import NoiseSchedule
+from ldm.text import CLIPTextEncoder
+from ldm.tokenizer import Tokenizer
+from ldm.train.autoencoder import (
+    AutoencoderSettings,
+    measured_scaling_factor,
+    train_autoencoder,
+)
+from ldm.train.clip import CLIPPair, CLIPSettings, captions_to_learn_from, train_clip
+from ldm.train.diffusion import DiffusionSettings, encode_set, train_diffusion
+from ldm.train.state import Optimisation, Record, TrainState
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+
+SAVE_EVERY_SECONDS = 60.0
+LOG_EVERY_STEPS = 20
+
+
+class StageError(ValueError):
+    """A stage that cannot start: what is missing, or what would be overwritten."""
+
+
+def autoencoder(
+    out: Path,
+    *,
+    resume: bool = False,
+    settings: AutoencoderSettings = AutoencoderSettings(),
+    device: str = "cpu",
+) -> None:
+    """Stage 1: `autoencoder.pt`."""
+
+    def fresh() -> AutoencoderKL:
+        return AutoencoderKL(HORIZON.vae)
+
+    state = prepare(fresh, settings.optimisation, out, "autoencoder", resume, device)
+    follow(train_autoencoder(state, settings), state, out, "autoencoder")
+
+
+def clip(
+    out: Path,
+    *,
+    resume: bool = False,
+    settings: CLIPSettings = CLIPSettings(),
+    device: str = "cpu",
+) -> None:
+    """Stage 2: the tokenizer, learnt from captions, and `clip.pt`."""
+
+    def fresh() -> CLIPPair:
+        captions = captions_to_learn_from(settings.optimisation.seed)
+        tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
+        return CLIPPair(HORIZON.text, tokenizer, settings.image_size)
+
+    state = prepare(fresh, settings.optimisation, out, "clip", resume, device)
+    cast(CLIPPair, state.model).text.require_tokenizer().save(out)
+    follow(train_clip(state, settings), state, out, "clip")
+
+
+def diffusion(
+    out: Path,
+    *,
+    resume: bool = False,
+    settings: DiffusionSettings = DiffusionSettings(),
+    device: str = "cpu",
+) -> None:
+    """Stage 3: `diffusion.pt`, and the finished model: `model.safetensors` in half precision, with
+    `config.json` beside it."""
+
+    def fresh() -> UNet:
+        return UNet(HORIZON.unet)
+
+    vae = AutoencoderKL(HORIZON.vae)
+    vae.load_state_dict(finished(out, "autoencoder"))
+    text = CLIPTextEncoder(HORIZON.text, Tokenizer.from_folder(out))
+    text.load_state_dict(part(finished(out, "clip"), "text."))
+    for frozen in (vae, text):
+        frozen.to(device).eval().requires_grad_(False)
+    state = prepare(fresh, settings.optimisation, out, "diffusion", resume, device)
+
+    size = settings.image_size
+    vae.config = replace(HORIZON.vae, scaling_factor=measured_scaling_factor(vae, size))
+    data = encode_set(vae, settings)
+    schedule = NoiseSchedule(HORIZON.schedule)
+    loop = train_diffusion(state, settings, data, text, schedule)
+    follow(loop, state, out, "diffusion")
+
+    config = replace(HORIZON, image_size=size, vae=vae.config)
+    unet = cast(UNet, state.ema)
+    save_checkpoint(
+        out / "model.safetensors", unet=unet, vae=vae, text=text, config=config, dtype=torch.float16
+    )
+    (out / "config.json").write_text(config_to_json(config, indent=2) + "\n", encoding="utf-8")
+
+
+STAGES: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
+    "autoencoder": (autoencoder, AutoencoderSettings),
+    "clip": (clip, CLIPSettings),
+    "diffusion": (diffusion, DiffusionSettings),
+}
+
+
+def stage(
+    name: str, out: Path, *, resume: bool = False, device: str = "cpu", **changes: float
+) -> None:
+    """Run one stage by its name, by its recipe but for the `changes` to its `Optimisation`.
+
+    Raises:
+        StageError: an earlier stage is missing, or the folder does not fit `resume`.
+        ValueError: a setting is out of its range.
+    """
+    run, recipe = STAGES[name]
+    settings = recipe()
+    settings = replace(settings, optimisation=replace(settings.optimisation, **changes))
+    run(out, resume=resume, settings=settings, device=device)
+
+
+def report(out: Path) -> str:
+    """Evaluate the finished model of a run, write `evaluation.md` beside it, and return it."""
+    import ldm
+    from ldm.train.evaluate import evaluate
+
+    text = evaluate(ldm.load(out, dtype=torch.float32)).as_markdown()
+    (out / "evaluation.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def prepare(
+    fresh: Callable[[], nn.Module],
+    settings: Optimisation,
+    out: Path,
+    name: str,
+    resume: bool,
+    device: str,
+) -> TrainState:
+    """A fresh state, or with `resume` the one that the folder holds.
+
+    Raises:
+        StageError: `resume` without a checkpoint, or a checkpoint without `resume`.
+    """
+    path = out / f"{name}.pt"
+    if resume and not path.is_file():
+        raise StageError(f"nothing to resume: {path} is not there")
+    if not resume and path.exists():
+        raise StageError(f"{path} exists: pass --resume to go on from it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    # Modules draw their first weights from the global generator: seed it here, and put it back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        state = TrainState(fresh().to(device), settings)
+    if resume:
+        state.load(path)
+    return state
+
+
+def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> None:
+    """Run a loop to its end with a progress bar, a log, and a checkpoint every minute. Ctrl-C too
+    leaves a checkpoint, to resume from."""
+    path, log = out / f"{name}.pt", out / f"{name}.jsonl"
+    started = saved = time.monotonic()
+    total = state.settings.steps
+    with (
+        tqdm(total=total, initial=state.step, desc=name, unit="step") as bar,
+        log.open("a") as file,
+    ):
+        try:
+            for record in loop:
+                bar.update()
+                if record.step % LOG_EVERY_STEPS == 0 or record.step == total:
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
+                    seconds = round(time.monotonic() - started, 1)
+                    entry = {"step": record.step, "seconds": seconds, **record.figures}
+                    file.write(json.dumps(entry) + "\n")
+                    file.flush()
+                if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    state.save(path)
+                    saved = time.monotonic()
+        finally:
+            state.save(path)
+
+
+def finished(out: Path, name: str) -> dict[str, Tensor]:
+    """The averaged weights of an earlier stage.
+
+    Raises:
+        StageError: that stage has not been run here.
+    """
+    path = out / f"{name}.pt"
+    if not path.is_file():
+        raise StageError(f"{path} is not there: run `ldm train {name} --out {out}` first")
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    return weights
+
+
+def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of one submodule, under its own names."""
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
