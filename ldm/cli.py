@@ -1,0 +1,326 @@
+"""The command `ldm`: draw pictures, see how one was made, train Horizon, measure it.
+
+What is wrong with the arguments is said in one line, with exit code 2, before any work starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import ldm
+from ldm.checkpoint import find_file, load_config
+from ldm.pipeline import (
+    SAMPLERS,
+    check_device,
+    check_prompts,
+    check_settings,
+    default_device,
+    default_dtype,
+)
+from ldm.recipe import Recipe, file_sha256, installed_versions, read_recipes, save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RECIPE_OPTIONS = (
+    *("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "seed"),
+    *("num_images", "height", "width", "device", "dtype"),
+)
+STAGES = ("autoencoder", "clip", "diffusion")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except (ValueError, OSError) as error:
+        print(f"ldm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ldm: stopped", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="ldm", description="Latent diffusion, from scratch.")
+    parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    p = commands.add_parser("generate", help="draw pictures of a prompt")
+    p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; several are fine")
+    p.add_argument("-o", "--output", type=Path, help="PNG to write (default: from the prompt)")
+    p.add_argument("--steps", type=int, default=50, help="sampler steps, 1 to 1000 (%(default)s)")
+    p.add_argument("--sampler", default="ddim", help=f"{' or '.join(SAMPLERS)} (%(default)s)")
+    p.add_argument(
+        "--guidance-scale", type=float, default=7.5, help="how hard to follow it (%(default)s)"
+    )
+    p.add_argument("--negative-prompt", default="", help="what to move away from")
+    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--seed", type=int, help="image i uses seed + i (default: drawn, and printed)")
+    p.add_argument("--num-images", type=int, default=1, help="per prompt (%(default)s)")
+    p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--weights", type=Path, help="a checkpoint (default: Horizon, shipped)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
+    p.add_argument("--grid", action="store_true", help="several pictures as one grid")
+    p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
+    p.set_defaults(run=generate, defaults={name: p.get_default(name) for name in RECIPE_OPTIONS})
+
+    p = commands.add_parser("show", help="print how a picture was made")
+    p.add_argument("image", type=Path)
+    p.set_defaults(run=show)
+
+    p = commands.add_parser("train", help="train Horizon, or one of its stages, from nothing")
+    p.add_argument("stage", choices=(*STAGES, "horizon"), help="horizon is all three, evaluated")
+    p.add_argument("--out", type=Path, required=True, help="the run's folder")
+    p.add_argument("--resume", action="store_true", help="go on from the folder's checkpoints")
+    p.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, help="(default: the recipe's)")
+    p.add_argument("--learning-rate", type=float, help="(default: the recipe's)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.set_defaults(run=train)
+
+    p = commands.add_parser("evaluate", help="measure how well pictures follow their prompts")
+    p.add_argument("--weights", type=Path, help="a Horizon checkpoint (default: the shipped one)")
+    p.add_argument("--prompts", type=int, default=300, help="how many (%(default)s)")
+    p.add_argument("--steps", type=int, default=50, help="sampler steps (%(default)s)")
+    p.add_argument("--guidance-scale", type=float, default=7.5, help="(%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of prompts and noise (%(default)s)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.add_argument("--json", action="store_true", help="for programs")
+    p.set_defaults(run=evaluate)
+    return parser
+
+
+# --- generate and show -----------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Draw one picture after the other, so that each depends on its seed alone and Ctrl-C loses
+    only the one being drawn."""
+    weights = find_file(args.weights or ldm.shipped_weights())
+    recipes = recipes_like(args, weights) if args.like else recipes_asked(args, weights)
+    paths = output_paths(args.output, recipes[0].prompt, len(recipes), as_grid(args, recipes))
+    if args.seed is None and not args.like:
+        print(f"seed {recipes[0].seed}", file=sys.stderr)
+
+    images: list[Image] = []
+    try:
+        draw(recipes, weights, images, paths)
+    finally:
+        if len(paths) < len(recipes) and images:
+            save_png(grid(images), paths[0], recipes[: len(images)])
+            print(paths[0])
+    return 0
+
+
+def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
+    """One recipe per picture that the arguments ask for, or a ValueError."""
+    if not args.prompts:
+        raise ValueError("pass a prompt, or --like PNG")
+    config = load_config(weights)
+    prompts = check_prompts(args.prompts, args.num_images)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    check_settings(
+        config,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        sampler=args.sampler,
+        eta=args.eta,
+        seeds=(seed, seed + len(prompts) - 1),
+        height=args.height,
+        width=args.width,
+    )
+    device = default_device() if args.device is None else check_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    sha256, versions = file_sha256(weights), installed_versions()
+    return [
+        Recipe(
+            prompt=prompt,
+            negative_prompt=args.negative_prompt,
+            seed=seed,
+            index=index,
+            sampler=args.sampler,
+            steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            eta=args.eta,
+            height=args.height or config.image_size,
+            width=args.width or config.image_size,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            model=config.name,
+            model_sha256=sha256,
+            versions=versions,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def recipes_like(args: argparse.Namespace, weights: Path) -> list[Recipe]:
+    """The recipes of an existing picture, or a ValueError when they cannot be followed here."""
+    if args.prompts:
+        raise ValueError("--like takes the prompt from the picture: pass one or the other")
+    for name in RECIPE_OPTIONS:
+        if getattr(args, name) != args.defaults[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--like takes every setting from the picture: leave out {option}")
+    recipes = read_recipes(args.like)
+    here, there = file_sha256(weights), recipes[0].model_sha256
+    if here != there:
+        raise ValueError(f"{args.like} was made with the weights {there}, but {weights} has {here}")
+    check_device(recipes[0].device)
+    if (versions := installed_versions()) != recipes[0].versions:
+        print(
+            f"ldm: made with {recipes[0].versions}, here are {versions}: the last bits may differ",
+            file=sys.stderr,
+        )
+    return [dataclasses.replace(one, versions=versions) for one in recipes]
+
+
+def as_grid(args: argparse.Namespace, recipes: Sequence[Recipe]) -> bool:
+    """Several pictures in one file: asked for, or because the picture to be like was one."""
+    return args.grid or bool(args.like and len(recipes) > 1)
+
+
+def output_paths(output: Path | None, prompt: str, count: int, one_file: bool) -> list[Path]:
+    """Where the pictures go: one file, or `name-0.png`, `name-1.png`, ...
+
+    Raises:
+        ValueError: a picture could not be written there.
+    """
+    path = output or Path(slug(prompt) + ".png")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the output must end in .png, not {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write to")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written")
+    if one_file or count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the name of a file: "green grass at night" -> "green-grass-at-night"."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def draw(recipes: Sequence[Recipe], weights: Path, images: list[Image], paths: list[Path]) -> None:
+    """Follow the recipes in order; `images` grows with each finished picture, and where every
+    picture has its own path it is written at once."""
+    from tqdm import tqdm
+
+    first = recipes[0]
+    pipe = ldm.load(weights, device=first.device, dtype=DTYPES[first.dtype])
+    with tqdm(total=sum(one.steps for one in recipes), unit="step", file=sys.stderr) as bar:
+        for recipe in recipes:
+            run = pipe.denoise(
+                recipe.prompt,
+                steps=recipe.steps,
+                guidance_scale=recipe.guidance_scale,
+                negative_prompt=recipe.negative_prompt,
+                sampler=recipe.sampler,
+                eta=recipe.eta,
+                seed=recipe.seed + recipe.index,
+                height=recipe.height,
+                width=recipe.width,
+            )
+            for step in run:
+                latents = step.x_prev
+                bar.update()
+            images += pipe.decode(latents)
+            if len(paths) == len(recipes):
+                path = paths[len(images) - 1]
+                save_png(images[-1], path, [recipe])
+                bar.write(str(path), file=sys.stdout)
+
+
+def grid(images: Sequence[Image], gap: int = 4) -> Image:
+    """Pictures of one size side by side, as near to a square as their number allows."""
+    from PIL import Image as PILImage
+
+    columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    sheet = PILImage.new(
+        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
+    )
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print a picture's recipe, a line per setting."""
+    for recipe in read_recipes(args.image):
+        for name, value in dataclasses.asdict(recipe).items():
+            print(f"{name:>16}  {value}")
+        print()
+    return 0
+
+
+# --- train and evaluate ----------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run one training stage, or all three and the evaluation."""
+    from ldm.train import run
+
+    device = default_device() if args.device is None else check_device(args.device)
+    asked = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+    }
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if args.stage == "horizon" and len(changes) > 1:
+        raise ValueError("--steps, --batch-size and --learning-rate are for a single stage")
+    if (
+        not args.resume
+        and args.out.is_dir()
+        and args.stage == "horizon"
+        and any(args.out.iterdir())
+    ):
+        raise ValueError(f"{args.out} is not empty: pass --resume to go on, or another --out")
+    for name in STAGES if args.stage == "horizon" else (args.stage,):
+        resume = args.resume and (args.stage != "horizon" or (args.out / f"{name}.pt").exists())
+        run.stage(name, args.out, resume=resume, device=str(device), **changes)
+    if args.stage == "horizon":
+        print(run.report(args.out))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print the prompt-following table."""
+    from ldm.train import evaluate as measure
+
+    if args.prompts < 1:
+        raise ValueError(f"--prompts must be 1 or more, not {args.prompts}")
+    pipe = ldm.load(args.weights, device=args.device, dtype=torch.float32)
+    results = measure.evaluate(
+        pipe,
+        count=args.prompts,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+    )
+    print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
+    return 0

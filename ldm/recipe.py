@@ -1,0 +1,104 @@
+"""How a picture was made, carried inside the picture: everything needed to make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY = "ldm"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One picture's making.
+
+    Attributes:
+        index: which picture of its run; its noise was seeded with `seed + index`.
+        model, model_sha256: the name in the config, and the hash of the weights' file.
+        versions: of ldm, torch, transformers and Python.
+        The others: as `TextToImage.denoise` takes them.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    index: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    eta: float
+    height: int
+    width: int
+    device: str
+    dtype: str
+    model: str
+    model_sha256: str
+    versions: dict[str, str]
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that decide a picture's last bits, read without importing anything."""
+    from importlib.metadata import version
+
+    import ldm
+
+    names = ("torch", "transformers")
+    return (
+        {"ldm": ldm.__version__}
+        | {name: version(name) for name in names}
+        | {"python": platform.python_version()}
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:
+    """Write a picture with its recipes (a grid has one per picture); whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps([dataclasses.asdict(one) for one in recipes], sort_keys=True))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_recipes(path: Path) -> list[Recipe]:
+    """The recipes in a picture.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not a picture, or carries no recipe of ldm.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {path}")
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(KEY)
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a picture that can be read") from error
+    try:
+        recipes = [Recipe(**fields) for fields in json.loads(text or "[]")]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the recipe in {path} cannot be read: {error}") from error
+    if not recipes:
+        raise ValueError(f"{path} does not say how it was made: it was not made by ldm")
+    return recipes
