@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import secrets
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +46,7 @@ STAGES = ("autoencoder", "clip", "diffusion")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"ldm: {message}\n"  # for people, in one line
     try:
         code: int = args.run(args)
         return code
@@ -126,7 +129,8 @@ def generate(args: argparse.Namespace) -> int:
         draw(recipes, weights, images, paths)
     finally:
         if len(paths) < len(recipes) and images:
-            save_png(grid(images), paths[0], recipes[: len(images)])
+            sheet = grid(images, grid_columns(recipes))
+            save_png(sheet, paths[0], recipes[: len(images)])
             print(paths[0])
     return 0
 
@@ -252,19 +256,25 @@ def draw(recipes: Sequence[Recipe], weights: Path, images: list[Image], paths: l
                 bar.write(str(path), file=sys.stdout)
 
 
-def grid(images: Sequence[Image], gap: int = 4) -> Image:
-    """Pictures of one size side by side, as near to a square as their number allows."""
+def grid(images: Sequence[Image], columns: int, gap: int = 4) -> Image:
+    """Pictures of one size side by side, row by row."""
     from PIL import Image as PILImage
 
-    columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
     rows = -(-len(images) // columns)
     width, height = images[0].size
-    sheet = PILImage.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
-    )
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    sheet = PILImage.new("RGB", size, "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
+
+
+def grid_columns(recipes: Sequence[Recipe]) -> int:
+    """A row per prompt where each has several pictures; else as near to a square as it gets."""
+    prompts = len({recipe.prompt for recipe in recipes})
+    if 1 < prompts < len(recipes):
+        return len(recipes) // prompts
+    return math.ceil(math.sqrt(len(recipes)))
 
 
 def show(args: argparse.Namespace) -> int:

@@ -96,7 +96,9 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+        learnt = json.loads(backend.to_str())["model"]["merges"]
+        # tokenizers before 0.20 writes a pair as one string.
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in learnt]
         merges = merges[: vocab_size - len(base) - 2]
         words = base + [a + b for a, b in merges] + [BOS, EOS]
         return cls({token: i for i, token in enumerate(words)}, merges)

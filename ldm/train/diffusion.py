@@ -23,10 +23,10 @@ class DiffusionSettings:
     """How the UNet is trained."""
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=6000, batch_size=64, learning_rate=6e-4)
+        default_factory=lambda: Optimisation(steps=4500, batch_size=64, learning_rate=6e-4)
     )
     image_size: int = 64
-    num_scenes: int = 40_000
+    num_scenes: int = 30_000
     """How many scenes are drawn and encoded, once, before the first step."""
     caption_dropout: float = 0.1
     """How often a caption is left empty: the model learns to draw without words as well, which

@@ -1,0 +1,184 @@
+"""Random models for the tests.
+
+Fresh modules start some of their layers at zero, so that they do nothing: a test on such a model
+could not see what stands behind those layers. Here every parameter is drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import build_stage, save_checkpoint
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.tokenizer import Tokenizer
+
+STAGES = ("unet", "vae", "text")
+
+# Layers that write into the residual stream (or into what a norm reads next): scaling their
+# weights and biases scales the activations.
+WRITES = re.compile(
+    r"(^|\.)(conv_in|conv1|conv2|time_proj|to_out|proj_out|token_embedding|position_embedding"
+    r"|out_proj|fc2)$|(^|(?<!feed_forward)\.)proj_in$"
+)
+# Layers that pass the stream on: their weights keep its scale, their biases must follow it.
+PASSES = re.compile(r"(^|\.)(skip|downsample\.conv|upsample\.conv)$")
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=rng(seed), dtype=dtype)
+
+
+def randomise(
+    model: nn.Module, generator: torch.Generator, activation_std: float = 1.0
+) -> nn.Module:
+    """Draw every parameter of a model, in place, and return it.
+
+    Weights are N(0, 1 / fan_in), so that activations keep their size; embeddings N(0, 1); norm
+    weights near 1; biases small. `activation_std` scales the layers that write into the residual
+    stream, so that what the norms read has about that standard deviation.
+    """
+    drawn: set[int] = set()
+
+    def fill(parameter: Tensor, mean: float, std: float) -> None:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(mean + std * noise)
+        drawn.add(id(parameter))
+
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            weight_scale = activation_std if WRITES.search(name) else 1.0
+            bias_scale = activation_std if PASSES.search(name) else weight_scale
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                fill(module.weight, 0.0, weight_scale * module.weight[0].numel() ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                fill(module.weight, 0.0, weight_scale)
+            elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                fill(module.weight, 1.0, 0.1)
+            if getattr(module, "bias", None) is not None:
+                fill(module.bias, 0.0, 0.1 * bias_scale)
+    left = [name for name, p in model.named_parameters() if id(p) not in drawn]
+    assert not left, f"never drawn: {left}"
+    return model
+
+
+def small_config() -> ModelConfig:
+    """Stable Diffusion v1: its levels, blocks, heads and groups, but a tenth as wide."""
+    return ModelConfig(
+        name="small",
+        image_size=64,
+        unet=UNetConfig(model_channels=32, context_dim=64),
+        vae=VAEConfig(model_channels=32),
+        text=TextConfig(
+            vocab_size=520,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            mlp_size=256,
+            max_length=77,
+            bos_token_id=518,
+            eos_token_id=519,
+        ),
+    )
+
+
+def tiny_config() -> ModelConfig:
+    """As little as still has two levels, attention at one of them, and every kind of layer."""
+    return ModelConfig(
+        name="tiny",
+        image_size=16,
+        unet=UNetConfig(
+            model_channels=16,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_levels=(1,),
+            num_heads=2,
+            context_dim=24,
+            norm_groups=4,
+        ),
+        vae=VAEConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4),
+        text=TextConfig(
+            vocab_size=530,
+            hidden_size=24,
+            num_layers=2,
+            num_heads=2,
+            mlp_size=48,
+            max_length=12,
+            bos_token_id=528,
+            eos_token_id=529,
+        ),
+    )
+
+
+def random_stage(
+    stage: str,
+    config: ModelConfig,
+    seed: int = 0,
+    activation_std: float = 1.0,
+    tokenizer: Tokenizer | None = None,
+) -> nn.Module:
+    """One stage ("unet", "vae", "text"), every parameter drawn from the seed."""
+    model = build_stage(stage, config, tokenizer)
+    return randomise(model, rng(seed + STAGES.index(stage)), activation_std).eval()
+
+
+def random_checkpoint(
+    path: Path, config: ModelConfig, seed: int = 0, activation_std: float = 1.0
+) -> dict[str, nn.Module]:
+    """Save a random whole model to a file in the official layout; returns its stages."""
+    models = {stage: random_stage(stage, config, seed, activation_std) for stage in STAGES}
+    save_checkpoint(path, config=config, **models)
+    return models
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """The largest error, in standard deviations of the reference."""
+    reference = reference.detach().double().cpu()
+    return float((ours.detach().double().cpu() - reference).abs().max() / reference.std())
+
+
+def assert_stage_agrees_across_dtypes(
+    run, inputs: tuple[Tensor, ...], model: nn.Module, device: str, fp32: float, half: float
+) -> dict[str, float]:
+    """A stage on a device, in fp32 and the half precisions, against itself in fp64 on the CPU.
+
+    `run(model, *inputs)` gives the output; floating inputs are cast with the model. `fp32` and
+    `half` bound the largest error, in standard deviations of the output.
+    """
+
+    def at(device: str, dtype: torch.dtype) -> Tensor:
+        cast = [x.to(device, dtype if x.is_floating_point() else None) for x in inputs]
+        with torch.no_grad():
+            return run(model.to(device, dtype), *cast)
+
+    reference = at("cpu", torch.float64)
+    dtypes = {torch.float32: fp32, torch.bfloat16: half}
+    if device == "cuda":
+        dtypes[torch.float16] = half
+    errors = {}
+    for dtype, bound in dtypes.items():
+        output = at(device, dtype)
+        assert output.dtype == dtype and output.device.type == device
+        errors[str(dtype)] = error = relative_error(output, reference)
+        assert error < bound, f"{dtype} on {device}: {error:.3g} of the std"
+    # A bound that fp32 errors of half precision would pass says nothing: the two must differ.
+    assert errors["torch.bfloat16"] > errors["torch.float32"]
+    return errors
+
+
+def tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A random whole model in a folder: `model.safetensors` and the tokenizer beside it."""
+    config = tiny_config()
+    texts = ["a red house on green grass at night", "the blue sea and the sky by day"]
+    tokenizer = Tokenizer.train(texts * 5, config.text.vocab_size)
+    assert len(tokenizer) == config.text.vocab_size
+    tokenizer.save(folder)
+    random_checkpoint(folder / "model.safetensors", config, seed)
+    return folder

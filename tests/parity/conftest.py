@@ -1,0 +1,24 @@
+"""Checkpoints that both sides read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import random_checkpoint, small_config
+
+
+@pytest.fixture(scope="session", params=[1.0, 0.01], ids=["unit", "small"])
+def activation_std(request: pytest.FixtureRequest) -> float:
+    """The size of the activations: at 0.01, an epsilon of a norm shows that is too large or small
+    (the variance is 1e-4, the epsilons are 1e-5 and 1e-6)."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, activation_std: float) -> Path:
+    """A whole random model in a file of ours."""
+    path = tmp_path_factory.mktemp("parity") / f"std_{activation_std}.safetensors"
+    random_checkpoint(path, small_config(), seed=1, activation_std=activation_std)
+    return path

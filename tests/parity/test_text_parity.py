@@ -1,0 +1,93 @@
+"""The text encoder against transformers' CLIPTextModel, filled by diffusers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.checkpoint import load_text_encoder
+from ldm.text import CLIPTextEncoder
+from tests.helpers import relative_error, rng, small_config
+from tests.parity import assert_parity
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="session")
+def ours(checkpoint: Path) -> CLIPTextEncoder:
+    return load_text_encoder(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    # What openai/clip-vit-large-patch14 says, but for the sizes; the end token is its real 49407's
+    # counterpart, since `eos_token_id=2` (an old default) is a special case in transformers.
+    config = small_config().text
+    folder = tmp_path_factory.mktemp("clip_config")
+    CLIPTextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=config.max_length,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    ).save_pretrained(folder)
+    return create_diffusers_clip_model_from_ldm(
+        CLIPTextModel, load_file(checkpoint), config=str(folder), local_files_only=True
+    )
+
+
+def prompts() -> Tensor:
+    """One prompt that fills all 77 places, and one of six words that is padded."""
+    config = small_config().text
+    ids = torch.randint(0, config.bos_token_id, (2, config.max_length), generator=rng(9))
+    ids[:, 0] = config.bos_token_id
+    ids[0, -1] = config.eos_token_id
+    ids[1, 7:] = config.eos_token_id
+    return ids
+
+
+def context_of(model: nn.Module, device: str, dtype: torch.dtype) -> Tensor:
+    model = copy.deepcopy(model).to(device, dtype)
+    ids = prompts().to(device)
+    with torch.no_grad():
+        if isinstance(model, CLIPTextEncoder):
+            return model.encode(ids)
+        return model(input_ids=ids).last_hidden_state
+
+
+def test_context_agrees_with_transformers(
+    ours: CLIPTextEncoder, oracle: nn.Module, device: str
+) -> None:
+    reference = context_of(oracle, "cpu", torch.float64)
+    theirs = context_of(oracle, device, torch.float32)
+    mine = context_of(ours, device, torch.float32)
+    assert mine.shape == (2, 77, small_config().text.hidden_size)
+    assert_parity(mine, theirs, reference, "context")
+
+
+@pytest.mark.parametrize("norms", ["layer_norm1", "layer_norm2", "final_layer_norm"])
+def test_parity_would_show_a_wrong_epsilon(
+    ours: CLIPTextEncoder, oracle: nn.Module, norms: str, activation_std: float
+) -> None:
+    if activation_std == 1.0:
+        pytest.skip("only small activations are sensitive to epsilon")
+    wrong = copy.deepcopy(ours)
+    changed = [m for name, m in wrong.named_modules() if name.endswith(norms)]
+    assert changed
+    for norm in changed:
+        norm.eps *= 10
+    reference = context_of(oracle, "cpu", torch.float64)
+    assert relative_error(context_of(wrong, "cpu", torch.float32), reference) > 1e-3

@@ -1,0 +1,153 @@
+"""The UNet against diffusers' UNet2DConditionModel."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.checkpoint import load_unet
+from ldm.config import UNetConfig
+from ldm.unet import UNet
+from tests.helpers import randn, relative_error, small_config
+from tests.parity import assert_parity
+
+diffusers = pytest.importorskip("diffusers")
+
+# A square picture of 128 pixels, and one of 520 x 584: 65 x 73 latents, odd at every level.
+SIZES = [(16, 16), (65, 73)]
+Outputs = dict[str, Tensor]
+
+
+def oracle_config(config: UNetConfig) -> dict[str, Any]:
+    levels = range(len(config.channel_mult))
+    down = [f"{'CrossAttn' * (i in config.attention_levels)}DownBlock2D" for i in levels]
+    return dict(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=[config.model_channels * m for m in config.channel_mult],
+        down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+        layers_per_block=config.num_res_blocks,
+        cross_attention_dim=config.context_dim,
+        attention_head_dim=config.num_heads,  # diffusers' name for the number of heads, in SD v1
+        norm_num_groups=config.norm_groups,
+    )
+
+
+@pytest.fixture(scope="session")
+def ours(checkpoint: Path) -> UNet:
+    return load_unet(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> nn.Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = oracle_config(small_config().unet)
+    model = diffusers.UNet2DConditionModel(**config)
+    weights = convert_ldm_unet_checkpoint(load_file(checkpoint), config)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def inputs(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    x = randn(2, 4, *size, seed=5)
+    return x, torch.tensor([999, 1]), randn(2, 77, small_config().unet.context_dim, seed=6)
+
+
+def outputs_of(
+    model: nn.Module, names: dict[str, str], device: str, dtype: torch.dtype, args: Any
+) -> Outputs:
+    """What the whole model and every module named in `names` (module -> label) gives."""
+    model = copy.deepcopy(model).to(device, dtype)
+    found: Outputs = {}
+
+    def keep(label: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            output = getattr(output, "sample", output)
+            found[label] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for name, label in names.items():
+        model.get_submodule(name).register_forward_hook(keep(label))
+    x, t, context = args
+    with torch.no_grad():
+        output = model(x.to(device, dtype), t.to(device), context.to(device, dtype))
+    return found | {"unet": getattr(output, "sample", output)}
+
+
+def transformer_names(config: UNetConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Every transformer and its two attentions, in our tree and in diffusers': name -> label."""
+    places = {"mid.transformer": "mid_block.attentions.0"}
+    last = len(config.channel_mult) - 1
+    for level in config.attention_levels:
+        for block in range(config.num_res_blocks):
+            ours = f"down.{level}.blocks.{block}.transformer"
+            places[ours] = f"down_blocks.{level}.attentions.{block}"
+        for block in range(config.num_res_blocks + 1):
+            ours = f"up.{level}.blocks.{block}.transformer"
+            places[ours] = f"up_blocks.{last - level}.attentions.{block}"
+    parts = {
+        "": "",
+        ".self_attention": ".transformer_blocks.0.attn1",
+        ".cross_attention": ".transformer_blocks.0.attn2",
+    }
+    pairs = [(a + x, b + y) for a, b in places.items() for x, y in parts.items()]
+    return {a: a for a, _ in pairs}, {b: a for a, b in pairs}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_unet_and_each_of_its_transformers_agree_with_diffusers(
+    ours: UNet, oracle: nn.Module, size: tuple[int, int], device: str
+) -> None:
+    args = inputs(size)
+    our_names, oracle_names = transformer_names(ours.config)
+    assert len(our_names) == 3 * 16  # 6 on the way down, 1 in the middle, 9 on the way up
+
+    reference = outputs_of(oracle, oracle_names, "cpu", torch.float64, args)
+    theirs = outputs_of(oracle, oracle_names, device, torch.float32, args)
+    mine = outputs_of(ours, our_names, device, torch.float32, args)
+
+    assert mine.keys() == theirs.keys() == reference.keys()
+    assert mine["unet"].shape == args[0].shape
+    for label, value in mine.items():
+        assert_parity(value, theirs[label], reference[label], label)
+
+
+NORMS = {
+    "ResBlock": ("res.norm1", "res.norm2", "res1.norm1", "res2.norm2"),
+    "SpatialTransformer's GroupNorm": ("transformer.norm_in",),
+    "SpatialTransformer's LayerNorms": (
+        "transformer.norm1",
+        "transformer.norm2",
+        "transformer.norm3",
+    ),
+    "output": ("norm_out",),
+}
+
+
+@pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
+def test_parity_would_show_a_wrong_epsilon(
+    ours: UNet, oracle: nn.Module, norms: tuple[str, ...], activation_std: float
+) -> None:
+    """The test above can see what it must: ten times the epsilon, at small activations, is far
+    outside the bound of 1e-4."""
+    if activation_std == 1.0:
+        pytest.skip("only small activations are sensitive to epsilon")
+    args = inputs(SIZES[0])
+    wrong = copy.deepcopy(ours)
+    changed = [m for name, m in wrong.named_modules() if name.endswith(norms)]
+    assert changed
+    for norm in changed:
+        norm.eps *= 10
+    reference = outputs_of(oracle, {}, "cpu", torch.float64, args)["unet"]
+    assert (
+        relative_error(outputs_of(wrong, {}, "cpu", torch.float32, args)["unet"], reference) > 1e-3
+    )

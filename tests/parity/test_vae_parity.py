@@ -1,0 +1,106 @@
+"""The autoencoder against diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ldm.checkpoint import load_vae
+from ldm.config import VAEConfig
+from ldm.vae import AutoencoderKL
+from tests.helpers import randn, relative_error, small_config
+from tests.parity import assert_parity
+
+diffusers = pytest.importorskip("diffusers")
+
+# A square picture, and one whose latents are odd in height and width (9 x 13).
+SIZES = [(64, 64), (72, 104)]
+
+
+def oracle_config(config: VAEConfig) -> dict[str, Any]:
+    levels = len(config.channel_mult)
+    return dict(
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        latent_channels=config.latent_channels,
+        block_out_channels=[config.model_channels * m for m in config.channel_mult],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=config.num_res_blocks,
+        norm_num_groups=config.norm_groups,
+    )
+
+
+@pytest.fixture(scope="session")
+def ours(checkpoint: Path) -> AutoencoderKL:
+    return load_vae(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> nn.Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    config = oracle_config(small_config().vae)
+    model = diffusers.AutoencoderKL(**config)
+    model.load_state_dict(convert_ldm_vae_checkpoint(load_file(checkpoint), config), strict=True)
+    return model.eval()
+
+
+def on(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(model).to(device, dtype)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_moments_agree_with_diffusers(
+    ours: AutoencoderKL, oracle: nn.Module, size: tuple[int, int], device: str
+) -> None:
+    x = randn(2, 3, *size, seed=7).clamp(-1, 1)
+    reference = on(oracle, "cpu", torch.float64).encode(x.double()).latent_dist
+    theirs = on(oracle, device, torch.float32).encode(x.to(device)).latent_dist
+    mine = on(ours, device, torch.float32).encode(x.to(device))
+    assert mine.mean.shape == (2, 4, size[0] // 8, size[1] // 8)
+    assert_parity(mine.mean, theirs.mean, reference.mean, "mean")
+    assert_parity(mine.logvar, theirs.logvar, reference.logvar, "logvar")
+    assert_parity(mine.mode(), theirs.mode(), reference.mode(), "mode")
+    assert_parity(mine.kl(), theirs.kl(), reference.kl(), "kl")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_decoder_agrees_with_diffusers(
+    ours: AutoencoderKL, oracle: nn.Module, size: tuple[int, int], device: str
+) -> None:
+    z = randn(2, 4, size[0] // 8, size[1] // 8, seed=8)
+    reference = on(oracle, "cpu", torch.float64).decode(z.double()).sample
+    theirs = on(oracle, device, torch.float32).decode(z.to(device)).sample
+    mine = on(ours, device, torch.float32).decode(z.to(device))
+    assert mine.shape == (2, 3, *size)
+    assert_parity(mine, theirs, reference, "picture")
+
+
+@pytest.mark.parametrize("norms", [("norm1", "norm2"), ("attention.norm",), ("norm_out",)], ids=str)
+@torch.no_grad()
+def test_parity_would_show_a_wrong_epsilon(
+    ours: AutoencoderKL, oracle: nn.Module, norms: tuple[str, ...], activation_std: float
+) -> None:
+    """The tests above can see what they must: the UNet's epsilon, ten times the autoencoder's, at
+    small activations, is far outside the bound of 1e-4."""
+    if activation_std == 1.0:
+        pytest.skip("only small activations are sensitive to epsilon")
+    wrong = copy.deepcopy(ours)
+    for side in (wrong.encoder, wrong.decoder):
+        changed = [m for name, m in side.named_modules() if name.endswith(norms)]
+        assert changed
+        for norm in changed:
+            norm.eps *= 10
+    x, z = randn(1, 3, 64, 64, seed=7), randn(1, 4, 8, 8, seed=8)
+    exact = on(oracle, "cpu", torch.float64)
+    assert relative_error(wrong.encode(x).mean, exact.encode(x.double()).latent_dist.mean) > 1e-3
+    assert relative_error(wrong.decode(z), exact.decode(z.double()).sample) > 1e-3

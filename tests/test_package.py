@@ -1,0 +1,124 @@
+"""The package as people get it: what an import costs, what a wheel holds, whose weights count."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def python(program: str, *path: Path) -> str:
+    """The output of a program in a fresh interpreter, with these folders on its path."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_importing_ldm_pulls_in_nothing_slow() -> None:
+    program = "import sys, ldm; print(*sys.modules)"
+    loaded = {name.split(".")[0] for name in python(program, ROOT).split()}
+    assert "torch" in loaded and "ldm" in loaded
+    assert not loaded & {"transformers", "tokenizers", "matplotlib", "PIL", "diffusers", "tqdm"}
+
+
+def test_importing_ldm_costs_at_most_a_tenth_of_importing_torch() -> None:
+    program = (
+        "from time import perf_counter as now; a = now(); import torch; b = now(); import ldm; "
+        "print((now() - b) / (b - a))"
+    )
+    # The best of a few: another process on the machine can only make one slower.
+    assert min(float(python(program, ROOT)) for _ in range(4)) <= 0.10
+
+
+def test_importing_ldm_leaves_the_global_generator_and_grad_mode_alone() -> None:
+    program = (
+        "import torch; before = torch.get_rng_state().sum(), torch.is_grad_enabled(); import ldm; "
+        "print(before == (torch.get_rng_state().sum(), torch.is_grad_enabled()))"
+    )
+    assert python(program, ROOT) == "True"
+
+
+def test_core_dependencies_are_the_seven_and_no_other() -> None:
+    names = [re.split(r"[<>=!~ ]", line)[0] for line in PYPROJECT["project"]["dependencies"]]
+    assert names == ["torch", "numpy", "safetensors", "transformers", "pillow", "einops", "tqdm"]
+
+
+def test_constraints_pin_every_core_dependency_within_its_bounds() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(line.split("==") for line in text.splitlines() if "==" in line)
+    for line in PYPROJECT["project"]["dependencies"]:
+        name, bound = line.split(">=")
+        pinned = tuple(map(int, pins[name].split(".")[:2]))
+        assert pinned >= tuple(map(int, bound.split(".")[:2])), line
+    assert pins["torch"] == "2.13.0"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built with the environment's own build backend: no network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    run = subprocess.run(
+        [*command, "-w", str(folder), str(ROOT)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("ldm_from_scratch-*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_shipped_weights_and_the_type_marker(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        weights = archive.read("ldm/weights/horizon/model.safetensors")
+    shipped = ROOT / "weights" / "horizon"
+    assert {f"ldm/weights/horizon/{path.name}" for path in shipped.iterdir()} <= names
+    assert weights == (shipped / "model.safetensors").read_bytes()
+    assert "ldm/py.typed" in names
+    assert not any(name.startswith(("tests/", "weights/")) for name in names)
+
+
+def test_an_installed_wheel_draws_with_the_weights_inside_it(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        "import ldm; print(ldm.shipped_weights()); "
+        "print(ldm.load(device='cpu')('green grass at night', steps=2)[0].size)"
+    )
+    path, size = python(program, tmp_path).splitlines()
+    assert Path(path) == tmp_path / "ldm" / "weights" / "horizon" / "model.safetensors"
+    assert size == "(64, 64)"
+
+
+def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "weights" / "horizon", tmp_path / "weights" / "horizon")
+    program = (
+        "import ldm; p = ldm.load(device='cpu', dtype=None); "
+        "import hashlib; print(p.config.name, "
+        "hashlib.sha256(p.unet.conv_in.weight.detach().numpy().tobytes()).hexdigest())"
+    )
+    before = python(program, tmp_path)
+    change = (
+        "import ldm, torch; p = ldm.load(device='cpu'); "
+        "torch.nn.init.ones_(p.unet.conv_in.weight); p.save(ldm.shipped_weights())"
+    )
+    python(change, tmp_path)
+    after = python(program, tmp_path)
+    assert before != after
+    ones = hashlib.sha256(b"\x00\x00\x80\x3f" * (64 * 4 * 9)).hexdigest()
+    assert after == f"horizon {ones}"

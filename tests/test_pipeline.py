@@ -1,0 +1,233 @@
+"""The pipeline: from a prompt to pictures, each stage in its place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm
+from ldm.pipeline import TextToImage, default_dtype
+from ldm.samplers import Step
+from tests.helpers import relative_error, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pipe(folder: Path, device: str) -> TextToImage:
+    return ldm.load(folder, device=device, dtype=torch.float32)
+
+
+def final_latents(steps: Iterator[Step]) -> torch.Tensor:
+    return list(steps)[-1].x_prev
+
+
+def test_a_prompt_becomes_a_picture_of_the_trained_size(pipe: TextToImage) -> None:
+    (image,) = pipe("a red house", steps=2)
+    assert image.mode == "RGB"
+    assert image.size == (16, 16)
+    assert np.asarray(image).std() > 0
+
+
+def test_height_and_width_may_be_any_multiple_of_the_factor(pipe: TextToImage) -> None:
+    (image,) = pipe("a red house", steps=1, height=22, width=34)
+    assert image.size == (34, 22)
+
+
+def test_denoise_and_call_give_the_same_picture(pipe: TextToImage) -> None:
+    settings = {"steps": 4, "seed": 3, "eta": 0.5, "num_images": 2}
+    called = pipe("a red house", **settings)
+    stepped = pipe.decode(final_latents(pipe.denoise("a red house", **settings)))
+    assert [a.tobytes() for a in called] == [b.tobytes() for b in stepped]
+
+
+def test_call_and_denoise_take_the_same_arguments() -> None:
+    called = inspect.signature(TextToImage.__call__).parameters
+    stepped = inspect.signature(TextToImage.denoise).parameters
+    assert list(called.items()) == list(stepped.items())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_image_i_of_a_batch_is_the_image_made_alone(
+    pipe: TextToImage, sampler: str, batch: int
+) -> None:
+    settings = {"steps": 10, "sampler": sampler} | ({"eta": 1.0} if sampler == "ddim" else {})
+    together = final_latents(pipe.denoise("a red house", seed=7, num_images=batch, **settings))
+    for i in range(batch):
+        alone = final_latents(pipe.denoise("a red house", seed=7 + i, **settings))
+        # Rounding may differ with the shape of a matrix product, by about 1e-7 a step.
+        assert relative_error(together[i : i + 1], alone) <= 1e-5
+
+
+def test_a_list_of_prompts_gives_num_images_of_each_in_order(pipe: TextToImage) -> None:
+    run = {"steps": 3, "seed": 5}
+    together = final_latents(pipe.denoise(["red", "blue"], num_images=2, **run))
+    assert together.shape[0] == 4
+    alone = final_latents(pipe.denoise("blue", steps=3, seed=5 + 2))
+    assert relative_error(together[2:3], alone) <= 1e-5  # as above
+
+
+def test_seed_prompt_and_guidance_each_change_the_picture(pipe: TextToImage) -> None:
+    base = {"prompt": "a red house", "steps": 3, "seed": 0}
+    reference = final_latents(pipe.denoise(**base))
+    assert torch.equal(reference, final_latents(pipe.denoise(**base)))
+    for change in (
+        {"seed": 1},
+        {"prompt": "blue"},
+        {"guidance_scale": 3.0},
+        {"negative_prompt": "blue"},
+        {"eta": 1.0},
+        {"sampler": "ddpm"},
+    ):
+        changed = final_latents(pipe.denoise(**(base | change)))
+        assert relative_error(changed, reference) > 1e-3, change
+
+
+def test_the_starting_noise_is_the_seeds_own_on_the_cpu(pipe: TextToImage) -> None:
+    first = next(pipe.denoise("a red house", steps=2, seed=11, num_images=2))
+    for i in range(2):
+        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11 + i))
+        assert torch.equal(first.x[i].cpu(), noise)
+
+
+def test_guidance_joins_two_predictions(pipe: TextToImage) -> None:
+    step = next(pipe.denoise("a red house", steps=2, guidance_scale=3.0))
+    assert step.eps_cond is not None and step.eps_uncond is not None
+    expected = step.eps_uncond + 3.0 * (step.eps_cond - step.eps_uncond)
+    assert torch.equal(step.eps, expected)
+    alone = next(pipe.denoise("a red house", steps=2, guidance_scale=1.0))
+    assert alone.eps_cond is None
+    assert relative_error(alone.eps, step.eps_cond) <= 1e-5  # another batch size, as above
+
+
+def test_nothing_that_was_yielded_changes_later_and_decoding_changes_no_latent(
+    pipe: TextToImage,
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step in pipe.denoise("a red house", steps=4, eta=1.0):
+        for tensor in (step.x, step.eps, step.x0, step.x_prev):
+            seen.append((tensor, tensor.clone()))
+        pipe.decode(step.x0)
+    assert all(torch.equal(now, then) for now, then in seen)
+    assert len(seen) == 16
+
+
+def test_encode_undoes_the_scaling_of_decode(pipe: TextToImage) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 24, 3), dtype=np.uint8))
+    latents = pipe.encode([image, image])
+    assert latents.shape == (2, 4, 8, 12)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
+    with torch.no_grad():
+        z = pipe.vae.encode(x).mode()
+        y = pipe.vae.decode(z)
+    assert relative_error(latents[:1], z * 0.18215) <= 1e-5  # one picture, where it was two
+    levels = ((y[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1) * 255
+    (decoded,) = pipe.decode(latents[:1])
+    difference = np.abs(np.asarray(decoded, dtype=np.float32) - levels.cpu().numpy())
+    assert difference.max() <= 0.51  # rounded to whole levels, after another order of scaling
+
+
+BAD = {
+    "steps": [0, 1001, -3],
+    "sampler": ["euler", ""],
+    "height": [0, 15, -16],
+    "width": [3],
+    "eta": [-0.1, 1.5, float("nan")],
+    "guidance_scale": [float("nan"), float("inf")],
+    "seed": [-1, 2**63],
+    "num_images": [0],
+    "prompt": ["", "   ", [], ["a", ""]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs])
+def test_bad_arguments_are_refused_at_the_call_in_one_line(
+    folder: Path, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = ldm.load(folder, device="cpu")
+    monkeypatch.setattr(pipe, "context", lambda _: pytest.fail("work started"))
+    with pytest.raises(ValueError) as error:
+        pipe.denoise(**({"prompt": "a red house"} | {name: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_eta_belongs_to_ddim(folder: Path) -> None:
+    with pytest.raises(ValueError, match="eta is a setting of ddim"):
+        ldm.load(folder, device="cpu").denoise("a", sampler="ddpm", eta=0.5)
+
+
+def test_a_picture_that_does_not_fit_the_factor_is_refused(pipe: TextToImage) -> None:
+    with pytest.raises(ValueError, match="multiple of 2"):
+        pipe.encode(Image.new("RGB", (15, 16)))
+
+
+def test_save_and_load_give_the_same_pictures(pipe: TextToImage, tmp_path: Path) -> None:
+    pipe.save(tmp_path / "mine.safetensors")
+    again = ldm.load(tmp_path / "mine.safetensors", device=pipe.device, dtype=torch.float32)
+    settings = {"steps": 2, "seed": 1}
+    assert pipe("a red", **settings)[0].tobytes() == again("a red", **settings)[0].tobytes()
+
+
+def test_to_moves_every_stage_and_reports_it(pipe: TextToImage) -> None:
+    moved = pipe.to(dtype=torch.bfloat16)
+    assert moved is pipe
+    assert pipe.dtype == torch.bfloat16
+    for stage in (pipe.unet, pipe.vae, pipe.text):
+        assert {p.dtype for p in stage.parameters()} == {torch.bfloat16}
+    step = next(pipe.denoise("a red house", steps=2))
+    assert step.x_prev.dtype == torch.float32  # the sampler's arithmetic is never halved
+    assert pipe("a red house", steps=2)[0].size == (16, 16)
+
+
+def test_half_precision_stays_near_float32(folder: Path, device: str) -> None:
+    def latents(dtype: torch.dtype) -> torch.Tensor:
+        pipe = ldm.load(folder, device=device, dtype=dtype)
+        return final_latents(pipe.denoise("a red", steps=5, guidance_scale=1.0))
+
+    exact = latents(torch.float32)
+    for dtype in [torch.bfloat16] + ([torch.float16] if device == "cuda" else []):
+        half = latents(dtype)
+        # bfloat16 keeps 8 bits, an error of 0.4% per operation; a random tiny model adds them up.
+        assert 0 < relative_error(half, exact) < 0.5
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    for name in ("cuda:99", "warp"):
+        with pytest.raises(ValueError, match="device"):
+            ldm.load(folder, device=name)
+    with pytest.raises(ValueError, match="device"):
+        ldm.load(folder, device="cpu").to("cuda:99")
+
+
+def test_load_refuses_a_path_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        ldm.load(tmp_path / "nothing.safetensors")
+
+
+def test_the_default_dtype_is_half_on_a_gpu_alone() -> None:
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    assert default_dtype(torch.device("cuda")) == torch.float16
+    assert default_dtype(torch.device("mps")) == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_device(folder: Path) -> None:
+    pipe = ldm.load(folder, device="cuda", dtype=torch.float32)
+    run = pipe.denoise("a red house", steps=4, eta=1.0)
+    next(run)  # the first step may set up libraries
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        assert len(list(run)) == 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
