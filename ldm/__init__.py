@@ -19,6 +19,8 @@ from ldm.checkpoint import (
     CheckpointError,
     KeysError,
     UnreadableError,
+    find_file,
+    find_tokenizer,
     load_config,
     load_stages,
     load_text_encoder,
@@ -76,13 +78,17 @@ def load(
         config: for a file whose metadata has none and that is not Stable Diffusion v1.
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: nothing is at `path`, or no tokenizer is beside it.
         CheckpointError: the file cannot be read, or does not fit; one line says why.
         ValueError: the device is not there.
     """
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    path = shipped_weights() if path is None else Path(path)
+    path = find_file(shipped_weights() if path is None else path)
+    if find_tokenizer(path) is None:
+        raise FileNotFoundError(
+            f"no tokenizer for {path}: put CLIP's vocab.json and merges.txt into {path.parent}"
+        )
     config = config or load_config(path)
     unet, vae, text = load_stages(path, device=device, dtype=dtype, config=config)
     return TextToImage(unet, vae, text, NoiseSchedule(config.schedule), config)  # type: ignore[arg-type]

@@ -271,10 +271,12 @@ def load_stages(
         KeysError: keys are missing, unexpected, or of the wrong shape.
     """
     path = find_file(path)
+    folder = find_tokenizer(path) if "text" in stages else None
+    tokenizer = None if folder is None else Tokenizer.from_folder(folder)
     with open_file(path) as file:
         config = config or stored_config(file) or SD_V1
         with torch.device("meta"):  # no memory, no random initialisation: the file has the values
-            models = [build_stage(stage, config, find_tokenizer(path)) for stage in stages]
+            models = [build_stage(stage, config, tokenizer) for stage in stages]
         names = [key_map(model) for model in models]
         check_keys(path, file, models, names)
         for model, ours_to_theirs in zip(models, names, strict=True):
@@ -325,11 +327,12 @@ def build_stage(stage: str, config: ModelConfig, tokenizer: Tokenizer | None = N
     raise ValueError(f"no stage {stage!r}: there are {', '.join(PREFIXES)}")
 
 
-def find_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer beside a file, or in a folder `tokenizer` there; None where there is none."""
+def find_tokenizer(path: Path) -> Path | None:
+    """The folder with CLIP's `vocab.json` and `merges.txt` for a file: its own, or `tokenizer` in
+    it; None where neither has them."""
     for folder in (path.parent, path.parent / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return Tokenizer.from_folder(folder)
+            return folder
     return None
 
 

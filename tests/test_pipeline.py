@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,6 +213,15 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
 def test_load_refuses_a_path_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no weights"):
         ldm.load(tmp_path / "nothing.safetensors")
+
+
+def test_load_says_what_to_do_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json and merges\.txt"):
+        ldm.load(weights)
+    shutil.copytree(folder, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert ldm.load(weights, device="cpu")("red", steps=1)
 
 
 def test_the_default_dtype_is_half_on_a_gpu_alone() -> None:

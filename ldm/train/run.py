@@ -90,9 +90,9 @@ def diffusion(
         return UNet(HORIZON.unet)
 
     vae = AutoencoderKL(HORIZON.vae)
-    vae.load_state_dict(finished(out, "autoencoder"))
+    vae.load_state_dict(averaged(out, "autoencoder"))
     text = CLIPTextEncoder(HORIZON.text, Tokenizer.from_folder(out))
-    text.load_state_dict(part(finished(out, "clip"), "text."))
+    text.load_state_dict(part(averaged(out, "clip"), "text."))
     for frozen in (vae, text):
         frozen.to(device).eval().requires_grad_(False)
     state = prepare(fresh, settings.optimisation, out, "diffusion", resume, device)
@@ -198,8 +198,8 @@ def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> N
             state.save(path)
 
 
-def finished(out: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights of an earlier stage.
+def averaged(out: Path, name: str) -> dict[str, Tensor]:
+    """The averaged weights that an earlier stage has reached.
 
     Raises:
         StageError: that stage has not been run here.
