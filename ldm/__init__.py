@@ -28,7 +28,8 @@ from ldm.checkpoint import (
     load_vae,
 )
 from ldm.config import HORIZON, SD_V1, ModelConfig
-from ldm.pipeline import TextToImage, check_device, default_device, default_dtype
+from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.pipeline import TextToImage
 from ldm.samplers import Step
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
@@ -80,10 +81,10 @@ def load(
     Raises:
         FileNotFoundError: nothing is at `path`, or no tokenizer is beside it.
         CheckpointError: the file cannot be read, or does not fit; one line says why.
-        ValueError: the device is not there.
+        ValueError: the device is not there, or the dtype is not a floating-point type.
     """
     device = default_device() if device is None else check_device(device)
-    dtype = default_dtype(device) if dtype is None else dtype
+    dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     path = find_file(shipped_weights() if path is None else path)
     if find_tokenizer(path) is None:
         raise FileNotFoundError(

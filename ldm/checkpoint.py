@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from ldm.config import (
     UNetConfig,
     VAEConfig,
 )
-from ldm.schedule import NoiseSchedule
+from ldm.device import check_device, check_dtype
+from ldm.files import written_whole
+from ldm.schedule import exact_tables
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
@@ -180,13 +182,13 @@ def key_map(model: nn.Module) -> dict[str, str]:
     return {key: f"{prefix}{names[a]}.{kind}" for key, (a, kind) in layers_and_kinds.items()}
 
 
-def schedule_entries(schedule: NoiseSchedule) -> dict[str, Tensor]:
+def schedule_entries(config: ScheduleConfig) -> dict[str, Tensor]:
     """The 12 tables that official files carry beside the parameters, (T,) float32 each.
 
     They all follow from the betas (DDPM eq. 4 and 7), so they are ignored when a file is read.
+    As in the official files, everything is computed in float64 and cast once.
     """
-    betas = schedule.betas.double()
-    alpha_bar = schedule.alpha_bar.double()
+    betas, alpha_bar = exact_tables(config)
     alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
     tables = {
@@ -269,16 +271,20 @@ def load_stages(
         FileNotFoundError: nothing is there.
         UnreadableError: it is not a safetensors file, or its metadata is not ours.
         KeysError: keys are missing, unexpected, or of the wrong shape.
+        ValueError: the device is not there, or the tokenizer beside the file does not fit.
     """
-    path = find_file(path)
+    path, device, dtype = find_file(path), check_device(device), check_dtype(dtype)
     folder = find_tokenizer(path) if "text" in stages else None
     tokenizer = None if folder is None else Tokenizer.from_folder(folder)
     with open_file(path) as file:
         config = config or stored_config(file) or SD_V1
-        with torch.device("meta"):  # no memory, no random initialisation: the file has the values
-            models = [build_stage(stage, config, tokenizer) for stage in stages]
+        try:
+            with torch.device("meta"):  # no memory, no random numbers: the file has the values
+                models = [build_stage(stage, config, tokenizer) for stage in stages]
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise CheckpointError(f"no model can be built for {path}: {error}") from error
         names = [key_map(model) for model in models]
-        check_keys(path, file, models, names)
+        check_keys(path, file, stages, models, names)
         for model, ours_to_theirs in zip(models, names, strict=True):
             tensors = {
                 ours: file.get_tensor(theirs).to(device=device, dtype=dtype)
@@ -339,6 +345,7 @@ def find_tokenizer(path: Path) -> Path | None:
 def check_keys(
     path: Path,
     file: safe_open,
+    stages: Sequence[str],
     models: Sequence[nn.Module],
     names: Sequence[Mapping[str, str]],
 ) -> None:
@@ -350,11 +357,12 @@ def check_keys(
         for model, ours_to_theirs in zip(models, names, strict=True)
         for ours, theirs in ours_to_theirs.items()
     }
-    prefixes = tuple({prefix for prefix in PREFIXES.values() if any_starts(expected, prefix)})
-    whole = len(prefixes) == len(PREFIXES)
+    # A stage alone answers for its own keys; a whole model for everything in the file.
+    prefixes = tuple(PREFIXES[stage] for stage in stages)
+    mine = "" if len(prefixes) == len(PREFIXES) else prefixes
     known = expected.keys() | computed_entries()
     missing = sorted(expected.keys() - found)
-    unexpected = sorted(k for k in found - known if whole or k.startswith(prefixes))
+    unexpected = sorted(key for key in found - known if key.startswith(mine))
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in expected.keys() & found}
     misshapen = [
         f"{key} (found {list(shape)}, expected {list(expected[key])})"
@@ -367,13 +375,9 @@ def check_keys(
         raise KeysError(f"{path} does not fit the model; " + "; ".join(told))
 
 
-def any_starts(keys: Iterable[str], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in keys)
-
-
 def computed_entries() -> set[str]:
     """Keys that official files carry and that we compute: ignored when read, written when saved."""
-    return {POSITION_IDS, *schedule_entries(NoiseSchedule(ScheduleConfig()))}
+    return {POSITION_IDS, *schedule_entries(ScheduleConfig())}
 
 
 def _some(keys: Sequence[str], count: int = 8) -> str:
@@ -406,14 +410,9 @@ def save_checkpoint(
         for ours, theirs in key_map(model).items()
     }
     tensors[POSITION_IDS] = torch.arange(config.text.max_length)[None]  # (1, L)
-    tensors |= schedule_entries(NoiseSchedule(config.schedule))
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    tensors |= schedule_entries(config.schedule)
+    with written_whole(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"ldm": config_to_json(config)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 PARTS: dict[str, Callable[..., Any]] = {

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import itertools
 import json
 import math
-import os
 import re
 import secrets
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 import ldm
 from ldm.checkpoint import find_file, load_config
-from ldm.pipeline import (
-    SAMPLERS,
-    check_device,
-    check_prompts,
-    check_settings,
-    default_device,
-    default_dtype,
-)
+from ldm.config import ModelConfig
+from ldm.device import check_device, default_device, default_dtype
+from ldm.files import check_writable
+from ldm.pipeline import SAMPLERS, TextToImage, check_prompts, check_settings
 from ldm.recipe import Recipe, file_sha256, installed_versions, read_recipes, save_png
 
 if TYPE_CHECKING:
@@ -43,9 +40,19 @@ RECIPE_OPTIONS = (
 STAGES = ("autoencoder", "clip", "diffusion")
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ldm: {message} (see {self.prog} --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a prompt may hold what a console cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"ldm: {message}\n"  # for people, in one line
     try:
         code: int = args.run(args)
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="ldm", description="Latent diffusion, from scratch.")
+    parser = Parser(prog="ldm", description="Latent diffusion, from scratch.")
     parser.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -96,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     p.add_argument("--batch-size", type=int, help="(default: the recipe's)")
     p.add_argument("--learning-rate", type=float, help="(default: the recipe's)")
-    p.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
+    p.add_argument("--seed", type=int, help="of weights, scenes and noise (default: 0)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
     p.set_defaults(run=train)
 
@@ -120,61 +127,57 @@ def generate(args: argparse.Namespace) -> int:
     only the one being drawn."""
     weights = find_file(args.weights or ldm.shipped_weights())
     recipes = recipes_like(args, weights) if args.like else recipes_asked(args, weights)
-    paths = output_paths(args.output, recipes[0].prompt, len(recipes), as_grid(args, recipes))
+    one_file = args.grid or bool(args.like)
+    paths = output_paths(args.output, recipes[0].prompt, 1 if one_file else len(recipes))
+    if args.like and paths[0].resolve() == args.like.resolve():
+        raise ValueError(f"{args.like} would be overwritten: name another file with -o")
+    recipes = sign(recipes, args, weights)
+    pipe = ldm.load(weights, device=recipes[0].device, dtype=DTYPES[recipes[0].dtype])
     if args.seed is None and not args.like:
         print(f"seed {recipes[0].seed}", file=sys.stderr)
 
     images: list[Image] = []
     try:
-        draw(recipes, weights, images, paths)
+        draw(pipe, recipes, images, paths)
     finally:
         if len(paths) < len(recipes) and images:
-            sheet = grid(images, grid_columns(recipes))
-            save_png(sheet, paths[0], recipes[: len(images)])
+            finished = recipes[: len(images)]
+            save_png(grid(images, grid_columns(finished)), paths[0], finished)
             print(paths[0])
     return 0
 
 
 def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
-    """One recipe per picture that the arguments ask for, or a ValueError."""
+    """One recipe per picture that the arguments ask for, not yet signed, or a ValueError."""
     if not args.prompts:
         raise ValueError("pass a prompt, or --like PNG")
     config = load_config(weights)
     prompts = check_prompts(args.prompts, args.num_images)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    check_settings(
-        config,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        sampler=args.sampler,
-        eta=args.eta,
-        seeds=(seed, seed + len(prompts) - 1),
-        height=args.height,
-        width=args.width,
-    )
     device = default_device() if args.device is None else check_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    sha256, versions = file_sha256(weights), installed_versions()
-    return [
+    recipes = [
         Recipe(
             prompt=prompt,
             negative_prompt=args.negative_prompt,
-            seed=seed,
+            seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
             index=index,
             sampler=args.sampler,
             steps=args.steps,
             guidance_scale=args.guidance_scale,
             eta=args.eta,
-            height=args.height or config.image_size,
-            width=args.width or config.image_size,
+            height=config.image_size if args.height is None else args.height,
+            width=config.image_size if args.width is None else args.width,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             model=config.name,
-            model_sha256=sha256,
-            versions=versions,
+            model_sha256="",
+            versions={},
         )
         for index, prompt in enumerate(prompts)
     ]
+    recipes = [dataclasses.replace(one, seed=recipes[0].seed) for one in recipes]
+    check_recipes(recipes, config)
+    return recipes
 
 
 def recipes_like(args: argparse.Namespace, weights: Path) -> list[Recipe]:
@@ -186,39 +189,77 @@ def recipes_like(args: argparse.Namespace, weights: Path) -> list[Recipe]:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"--like takes every setting from the picture: leave out {option}")
     recipes = read_recipes(args.like)
-    here, there = file_sha256(weights), recipes[0].model_sha256
-    if here != there:
-        raise ValueError(f"{args.like} was made with the weights {there}, but {weights} has {here}")
+    shared = {(one.model_sha256, one.device, one.dtype) for one in recipes}
+    if len(shared) > 1 or recipes[0].dtype not in DTYPES:
+        raise ValueError(f"the recipe in {args.like} is not one that ldm wrote")
     check_device(recipes[0].device)
-    if (versions := installed_versions()) != recipes[0].versions:
-        print(
-            f"ldm: made with {recipes[0].versions}, here are {versions}: the last bits may differ",
-            file=sys.stderr,
+    check_recipes(recipes, load_config(weights))
+    return recipes
+
+
+def check_recipes(recipes: Sequence[Recipe], config: ModelConfig) -> None:
+    """A ValueError for the first recipe that the model cannot follow."""
+    for one in recipes:
+        check_prompts(one.prompt, 1)
+        check_settings(
+            config,
+            negative_prompt=one.negative_prompt,
+            steps=one.steps,
+            guidance_scale=one.guidance_scale,
+            sampler=one.sampler,
+            eta=one.eta,
+            seed=one.seed,
+            num_images=one.index + 1,
+            height=one.height,
+            width=one.width,
         )
-    return [dataclasses.replace(one, versions=versions) for one in recipes]
 
 
-def as_grid(args: argparse.Namespace, recipes: Sequence[Recipe]) -> bool:
-    """Several pictures in one file: asked for, or because the picture to be like was one."""
-    return args.grid or bool(args.like and len(recipes) > 1)
+def sign(recipes: Sequence[Recipe], args: argparse.Namespace, weights: Path) -> list[Recipe]:
+    """The recipes with the weights' hash and the versions that follow them here.
+
+    Raises:
+        ValueError: with --like, when the picture was made with other weights.
+    """
+    sha256, versions = file_sha256(weights), installed_versions()
+    if args.like:
+        theirs = recipes[0]
+        if sha256 != theirs.model_sha256:
+            raise ValueError(
+                f"{args.like} was made with weights whose SHA-256 is {theirs.model_sha256}, "
+                f"but that of {weights} is {sha256}"
+            )
+        if versions != theirs.versions:
+            print(
+                f"ldm: made with {theirs.versions}, here are {versions}: the last bits may differ",
+                file=sys.stderr,
+            )
+    return [dataclasses.replace(one, model_sha256=sha256, versions=versions) for one in recipes]
 
 
-def output_paths(output: Path | None, prompt: str, count: int, one_file: bool) -> list[Path]:
-    """Where the pictures go: one file, or `name-0.png`, `name-1.png`, ...
+def output_paths(output: Path | None, prompt: str, count: int) -> list[Path]:
+    """Where the pictures go: one file, or `name-0.png`, `name-1.png`, ...; without a name, one made
+    of the prompt that is not taken yet.
 
     Raises:
         ValueError: a picture could not be written there.
     """
-    path = output or Path(slug(prompt) + ".png")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the output must end in .png, not {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write to")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written")
-    if one_file or count == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+    if output is None:
+        stems = (slug(prompt) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        candidates = (numbered(Path(stem + ".png"), count) for stem in stems)
+        paths = next(c for c in candidates if not any(path.exists() for path in c))
+    elif output.suffix.lower() != ".png":
+        raise ValueError(f"the output must end in .png, not {output}")
+    else:
+        paths = numbered(output, count)
+    for path in paths:
+        check_writable(path)
+    return paths
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """A path for each of several pictures; one picture needs no number."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
 def slug(prompt: str) -> str:
@@ -226,13 +267,13 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
 
 
-def draw(recipes: Sequence[Recipe], weights: Path, images: list[Image], paths: list[Path]) -> None:
+def draw(
+    pipe: TextToImage, recipes: Sequence[Recipe], images: list[Image], paths: Sequence[Path]
+) -> None:
     """Follow the recipes in order; `images` grows with each finished picture, and where every
     picture has its own path it is written at once."""
     from tqdm import tqdm
 
-    first = recipes[0]
-    pipe = ldm.load(weights, device=first.device, dtype=DTYPES[first.dtype])
     with tqdm(total=sum(one.steps for one in recipes), unit="step", file=sys.stderr) as bar:
         for recipe in recipes:
             run = pipe.denoise(
@@ -271,9 +312,9 @@ def grid(images: Sequence[Image], columns: int, gap: int = 4) -> Image:
 
 def grid_columns(recipes: Sequence[Recipe]) -> int:
     """A row per prompt where each has several pictures; else as near to a square as it gets."""
-    prompts = len({recipe.prompt for recipe in recipes})
-    if 1 < prompts < len(recipes):
-        return len(recipes) // prompts
+    runs = [len(list(run)) for _, run in itertools.groupby(recipes, lambda one: one.prompt)]
+    if len(runs) > 1 and runs[0] > 1:
+        return runs[0]
     return math.ceil(math.sqrt(len(recipes)))
 
 
@@ -301,15 +342,12 @@ def train(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     changes = {name: value for name, value in asked.items() if value is not None}
-    if args.stage == "horizon" and len(changes) > 1:
+    if args.stage == "horizon" and changes.keys() - {"seed"}:
         raise ValueError("--steps, --batch-size and --learning-rate are for a single stage")
-    if (
-        not args.resume
-        and args.out.is_dir()
-        and args.stage == "horizon"
-        and any(args.out.iterdir())
-    ):
-        raise ValueError(f"{args.out} is not empty: pass --resume to go on, or another --out")
+    if args.resume and not args.out.is_dir():
+        raise ValueError(f"nothing to resume: there is no folder {args.out}")
+    if args.stage == "horizon" and not args.resume and args.out.exists():
+        raise ValueError(f"{args.out} exists: pass --resume to go on there, or another --out")
     for name in STAGES if args.stage == "horizon" else (args.stage,):
         resume = args.resume and (args.stage != "horizon" or (args.out / f"{name}.pt").exists())
         run.stage(name, args.out, resume=resume, device=str(device), **changes)
@@ -324,7 +362,20 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if args.prompts < 1:
         raise ValueError(f"--prompts must be 1 or more, not {args.prompts}")
-    pipe = ldm.load(args.weights, device=args.device, dtype=torch.float32)
+    weights = find_file(args.weights or ldm.shipped_weights())
+    check_settings(
+        load_config(weights),
+        negative_prompt="",
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        sampler="ddim",
+        eta=0.0,
+        seed=args.seed,
+        num_images=args.prompts,
+        height=None,
+        width=None,
+    )
+    pipe = ldm.load(weights, device=args.device, dtype=torch.float32)
     results = measure.evaluate(
         pipe,
         count=args.prompts,

@@ -99,7 +99,7 @@ HORIZON = ModelConfig(
     ),
     vae=VAEConfig(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=16),
     text=TextConfig(
-        vocab_size=695,
+        vocab_size=695,  # 2 x 256 bytes, 181 merges, start and end
         hidden_size=128,
         num_layers=4,
         num_heads=4,

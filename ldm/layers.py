@@ -69,8 +69,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        if time_dim is not None:
-            self.time_proj = nn.Linear(time_dim, out_channels)
+        self.time_proj = None if time_dim is None else nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip: nn.Module = (
@@ -81,9 +80,11 @@ class ResBlock(nn.Module):
         zero_(self.conv2)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x: (B, in_channels, H, W), time: (B, time_dim) -> (B, out_channels, H, W)."""
+        """x: (B, in_channels, H, W), time: (B, time_dim) -> (B, out_channels, H, W); `time` goes
+        with a block that was built with `time_dim`."""
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, H, W)
-        if time is not None:
+        if self.time_proj is not None:
+            assert time is not None, "a block that was built with time_dim needs the time"
             h = h + self.time_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import save_checkpoint
+from ldm.checkpoint import find_tokenizer, save_checkpoint
 from ldm.config import ModelConfig
+from ldm.device import check_device, check_dtype
+from ldm.files import check_writable
 from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
+from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -69,19 +73,28 @@ class TextToImage:
         """Move all stages; what is not given stays as it is. Returns the pipeline itself.
 
         Raises:
-            ValueError: the device is not there.
+            ValueError: the device is not there, or the dtype is not a floating-point type.
         """
         device = self.device if device is None else check_device(device)
+        dtype = self.dtype if dtype is None else check_dtype(dtype)
         for stage in (self.unet, self.vae, self.text):
             stage.to(device=device, dtype=dtype)
         return self
 
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's
-        two files beside it. The file appears whole or not at all."""
-        path = Path(path)
+        two files beside it. The file appears whole or not at all.
+
+        Raises:
+            ValueError: it cannot be written there, or another model's tokenizer is there already.
+        """
+        path, tokenizer = Path(path), self.text.require_tokenizer()
+        check_writable(path)
+        folder = find_tokenizer(path)
+        if folder is not None and Tokenizer.from_folder(folder) != tokenizer:
+            raise ValueError(f"{folder} holds another model's tokenizer: save into another folder")
         save_checkpoint(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
-        self.text.require_tokenizer().save(path.parent)
+        tokenizer.save(path.parent)
 
     def __call__(
         self,
@@ -151,11 +164,13 @@ class TextToImage:
         prompts = check_prompts(prompt, num_images)
         check_settings(
             self.config,
+            negative_prompt=negative_prompt,
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
             eta=eta,
-            seeds=(seed, seed + len(prompts) - 1),
+            seed=seed,
+            num_images=len(prompts),
             height=height,
             width=width,
         )
@@ -224,6 +239,7 @@ def latent_shape(
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     for name, size in (("height", height), ("width", width)):
+        check_whole(name, size)
         if size < factor or size % factor:
             raise ValueError(f"{name} must be a positive multiple of {factor}, not {size}")
     return config.vae.latent_channels, height // factor, width // factor
@@ -232,16 +248,25 @@ def latent_shape(
 def check_settings(
     config: ModelConfig,
     *,
+    negative_prompt: str,
     steps: int,
     guidance_scale: float,
     sampler: str,
     eta: float,
-    seeds: tuple[int, int],
+    seed: int,
+    num_images: int,
     height: int | None,
     width: int | None,
 ) -> None:
-    """A ValueError in one line for the first setting that is out of its range; `seeds` are the
-    first and the last one used."""
+    """A ValueError in one line for the first setting that is out of its range; `num_images` is the
+    number of pictures in all."""
+    if not isinstance(negative_prompt, str):
+        raise ValueError(f"negative_prompt must be a string, not {negative_prompt!r}")
+    for name, value in {"steps": steps, "seed": seed}.items():
+        check_whole(name, value)
+    for name, number in {"guidance_scale": guidance_scale, "eta": eta}.items():
+        if not isinstance(number, (int, float)):
+            raise ValueError(f"{name} must be a number, not {number!r}")
     total = config.schedule.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be between 1 and {total}, not {steps}")
@@ -253,47 +278,27 @@ def check_settings(
         raise ValueError(f"eta must be between 0 and 1, not {eta}")
     if eta != 0.0 and sampler != "ddim":
         raise ValueError(f"eta is a setting of ddim: {sampler} has none")
-    if not 0 <= seeds[0] <= seeds[1] <= MAX_SEED:
-        raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {seeds[0]}")
+    if not 0 <= seed <= MAX_SEED - num_images + 1:
+        raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {seed}")
     latent_shape(config, height, width)
 
 
 def check_prompts(prompt: str | Sequence[str], num_images: int) -> list[str]:
     """One prompt per image, or a ValueError in one line."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"a prompt must be a string or a list of strings, not {prompt!r}")
     if not prompts or not all(one.strip() for one in prompts):
         raise ValueError("the prompt is empty")
+    check_whole("num_images", num_images)
     if num_images < 1:
         raise ValueError(f"num_images must be 1 or more, not {num_images}")
     return [one for one in prompts for _ in range(num_images)]
 
 
-def default_device() -> torch.device:
-    """The fastest device of this machine: cuda, mps, or cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Half precision on a GPU, where it is faster and takes half the memory; float32 on a CPU."""
-    return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """A device that this machine has, or a ValueError in one line."""
+def check_whole(name: str, value: int) -> None:
+    """A ValueError in one line unless the value is a whole number."""
     try:
-        checked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: try cpu, cuda or mps") from error
-    there = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "meta": 1,
-    }.get(checked.type, 0)
-    if (checked.index or 0) >= there:
-        raise ValueError(f"there is no device {str(checked)!r} on this machine")
-    return checked
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None

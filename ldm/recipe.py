@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from ldm.files import written_whole
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -51,12 +55,12 @@ def installed_versions() -> dict[str, str]:
 
     import ldm
 
-    names = ("torch", "transformers")
-    return (
-        {"ldm": ldm.__version__}
-        | {name: version(name) for name in names}
-        | {"python": platform.python_version()}
-    )
+    return {
+        "ldm": ldm.__version__,
+        "torch": torch.__version__,  # says which build it is, CPU or CUDA
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def file_sha256(path: Path) -> str:
@@ -71,12 +75,8 @@ def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:
 
     info = PngInfo()
     info.add_itxt(KEY, json.dumps([dataclasses.asdict(one) for one in recipes], sort_keys=True))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with written_whole(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_recipes(path: Path) -> list[Recipe]:
@@ -97,8 +97,19 @@ def read_recipes(path: Path) -> list[Recipe]:
         raise ValueError(f"{path} is not a picture that can be read") from error
     try:
         recipes = [Recipe(**fields) for fields in json.loads(text or "[]")]
+        for recipe in recipes:
+            check_types(recipe)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the recipe in {path} cannot be read: {error}") from error
     if not recipes:
         raise ValueError(f"{path} does not say how it was made: it was not made by ldm")
     return recipes
+
+
+def check_types(recipe: Recipe) -> None:
+    """A TypeError unless every field is of the type that a recipe of ours has."""
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    for field in dataclasses.fields(Recipe):
+        value = getattr(recipe, field.name)
+        if not isinstance(value, kinds.get(str(field.type), (dict,))) or isinstance(value, bool):
+            raise TypeError(f"{field.name} is {value!r}")

@@ -75,8 +75,8 @@ def guide(
         model: model(x, t, context) -> eps; called once per step, on both contexts as one batch.
         context: the prompts' text states, (B, M, D).
         uncond_context: those of the empty (or the negative) prompt, (B, M, D).
-        guidance_scale: 1 follows the prompt as trained, and only then the prompt alone is asked;
-            more follows it harder.
+        guidance_scale: the paper's 1 + w. At 1 the model follows the prompt as trained, and only
+            then the prompt alone is asked; more follows it harder.
     """
     if guidance_scale == 1.0:
         return lambda x, t: model(x.to(context.dtype), t, context).to(x.dtype)
@@ -199,14 +199,13 @@ def draw_noise(generators: Sequence[torch.Generator] | None, like: Tensor) -> Te
     """Standard normal noise of the shape of `like` (B, ...), each image's from its own generator.
 
     It is drawn on the CPU, so that a seed means the same noise on every device and an image does
-    not depend on its neighbours in the batch; from pinned memory the copy does not make the
-    program wait for the device.
+    not depend on its neighbours in the batch.
     """
     assert generators is not None  # the samplers checked
     noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
-    if like.device.type == "cuda":
-        noise = noise.pin_memory()
-    return noise.to(like.device, like.dtype, non_blocking=True)
+    if like.device.type == "cuda":  # from pinned memory the program need not wait for the copy
+        return noise.pin_memory().to(like.device, like.dtype, non_blocking=True)
+    return noise.to(like.device, like.dtype)
 
 
 def check_generators(generators: Sequence[torch.Generator] | None, x: Tensor) -> None:

@@ -58,26 +58,26 @@ class NoiseSchedule:
     def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
         """Both tables are computed in float64 and cast once, as the reference code does."""
         self.config = config
-        betas = (
-            torch.linspace(
-                config.beta_start**0.5,
-                config.beta_end**0.5,
-                config.num_train_timesteps,
-                dtype=torch.float64,
-            )
-            ** 2
-        )
+        betas, alpha_bar = exact_tables(config)
         self.betas = betas.float()
-        self.alpha_bar = torch.cumprod(1.0 - betas, dim=0).float()
+        self.alpha_bar = alpha_bar.float()
 
     def alpha_bar_at(self, t: int) -> float:
-        """alpha_bar of one timestep; t = -1 stands for the clean picture, where it is 1."""
+        """alpha_bar of one timestep; t = -1 stands for the clean picture, where it is 1.
+
+        Raises:
+            IndexError: t is below -1 or past the table.
+        """
+        if t < -1:
+            raise IndexError(f"timestep {t} is out of range: -1 is the clean picture")
         return 1.0 if t == -1 else self.alpha_bar[t].item()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noise a batch to its timesteps: x0 and noise (B, ...), t int64 (B,) -> (B, ...)."""
-        alpha_bar = self.alpha_bar.to(x0.device)[t].to(x0.dtype)
-        return noised(x0, noise, alpha_bar.view(-1, *[1] * (x0.ndim - 1)))
+        # Not in half precision: the first alpha_bar would round to 1, and its noise vanish.
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        alpha_bar = self.alpha_bar.to(x0.device)[t].to(dtype)
+        return noised(x0, noise, alpha_bar.view(-1, *[1] * (x0.ndim - 1))).to(x0.dtype)
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` evenly spaced timesteps, noisiest first: k * (T // steps) + 1, k from steps - 1
@@ -100,6 +100,13 @@ class NoiseSchedule:
     def ddpm_timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The pairs (t, t_prev) that DDPM walks; the last one ends at the clean picture, -1."""
         return pairs(self.timesteps(steps), end=-1)
+
+
+def exact_tables(config: ScheduleConfig) -> tuple[Tensor, Tensor]:
+    """betas and alpha_bar, (T,) float64 each: the square roots of the betas are evenly spaced."""
+    start, end = config.beta_start**0.5, config.beta_end**0.5
+    betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float64) ** 2
+    return betas, torch.cumprod(1.0 - betas, dim=0)
 
 
 def pairs(timesteps: list[int], end: int) -> list[tuple[int, int]]:

@@ -51,6 +51,7 @@ class CLIPTextEncoder(nn.Module):
         )
         # transformers 4 wraps the transformer once more, transformers 5 does not.
         self.transformer = getattr(model, "text_model", model)
+        self.rebuild_buffers()
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> context (B, max_length, hidden_size)."""
@@ -95,8 +96,8 @@ class CLIPTextEncoder(nn.Module):
         return device
 
     def rebuild_buffers(self) -> None:
-        """Make the position ids anew: a model that was built on the meta device and filled from a
-        file still lacks them, since no file need hold them."""
+        """Make the position ids anew, outside the state: old versions of transformers save them,
+        and a model that was built on the meta device and filled from a file still lacks them."""
         positions = torch.arange(self.config.max_length, device=self.device)[None]  # (1, L)
         self.transformer.embeddings.register_buffer("position_ids", positions, persistent=False)
 

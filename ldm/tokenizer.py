@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.files import write_text
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -64,17 +66,22 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: one of the two files is not there.
+            ValueError: they cannot be read, or are not CLIP's.
         """
         folder = Path(folder)
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no tokenizer in {folder}: {name} is not there")
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         if lines and lines[0].startswith("#version"):
             lines = lines[1:]
-        merges = [tuple(line.split()) for line in lines if line.strip()]
-        return cls(vocab, merges)  # type: ignore[arg-type]  # each line holds two tokens
+        try:
+            vocab = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+            merges = [(first, second) for first, second in map(str.split, filter(str.strip, lines))]
+            return cls(vocab, merges)
+        except Exception as error:  # whatever json or the backend say of a broken file
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"no readable CLIP tokenizer in {folder}: {reason}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -106,10 +113,17 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into a folder that exists."""
         folder = Path(folder)
-        vocab = json.dumps(self.vocab, ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocab + "\n", encoding="utf-8")
+        write_text(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False) + "\n")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+
+    def __eq__(self, other: object) -> bool:
+        """The same vocabulary and merges, hence the same ids for every text."""
+        if not isinstance(other, Tokenizer):
+            return NotImplemented
+        return self.vocab == other.vocab and self.merges == other.merges
+
+    __hash__ = None  # type: ignore[assignment]  # its vocabulary is a dict
 
     def __len__(self) -> int:
         return len(self.vocab)
@@ -129,10 +143,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without start and end tokens."""
-        from tokenizers.pre_tokenizers import ByteLevel  # noqa: F401  (registers the byte table)
+        from tokenizers.decoders import ByteLevel
 
-        pieces = "".join(t for t in self.strings(ids) if t not in (BOS, EOS)).replace("</w>", " ")
-        return pieces.strip()
+        pieces = "".join(t for t in self.strings(ids) if t not in (BOS, EOS))
+        text: str = ByteLevel().decode([pieces.replace("</w>", "Ġ")])  # Ġ is the space's byte
+        return text.strip()
 
 
 def _set_rules(backend: tokenizers.Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to latents an eighth the size along each side, and back.
+"""The autoencoder: pictures to latents, `config.factor` times smaller along each side, and back.
 
 The encoder does not give one latent but a Gaussian over latents, the `Posterior`; training keeps
 it near a standard normal with a small KL weight (Kingma & Welling 2013, arXiv:1312.6114; LDM,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
-from ldm.recipe import read_recipes
+from ldm.recipe import read_recipes, save_png
 from tests.helpers import tiny_model
 
 
@@ -59,6 +60,13 @@ def test_one_picture_is_written_where_asked_and_equals_the_librarys(
 def test_without_output_the_picture_is_named_after_its_prompt(generate, tmp_path: Path) -> None:
     assert generate("Green grass, at night!", "--steps", "1") == 0
     assert names(tmp_path) == ["green-grass-at-night.png"]
+
+
+def test_without_output_no_earlier_picture_is_overwritten(generate, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert generate("red", "--steps", "1") == 0
+    assert generate("red", "blue", "--steps", "1") == 0
+    assert names(tmp_path) == ["red-0.png", "red-1.png", "red-2.png", "red.png"]
 
 
 def test_several_prompts_and_images_become_numbered_files(generate, tmp_path: Path) -> None:
@@ -106,6 +114,65 @@ def test_like_makes_one_image_of_a_batch_again(generate, tmp_path: Path) -> None
     assert Path("a-1.png").read_bytes() == Path("b.png").read_bytes()
 
 
+def test_a_grid_has_a_row_per_prompt_and_can_be_made_again_when_it_was_cut_short(
+    generate, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("red", "blue", "--num-images", "3", "--grid", "--steps", "1", "--seed", "0")
+    assert generate(*args, "-o", "whole.png") == 0
+    with Image.open("whole.png") as image:
+        assert image.size == (3 * 20 - 4, 2 * 20 - 4)
+
+    decode, left = ldm.TextToImage.decode, iter(range(4))
+
+    def interrupted(self, latents):  # type: ignore[no-untyped-def]
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.TextToImage, "decode", interrupted)
+        assert generate(*args, "-o", "cut.png") == 130
+    assert [r.prompt for r in read_recipes(Path("cut.png"))] == ["red"] * 3 + ["blue"]
+    assert generate("--like", "cut.png", "-o", "again.png", device=()) == 0
+    assert Path("cut.png").read_bytes() == Path("again.png").read_bytes()
+
+
+def test_like_never_overwrites_its_own_picture(
+    generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("red", "-o", "a.png", "--steps", "1") == 0
+    before = Path("a.png").read_bytes()
+    assert generate("--like", "a.png", "-o", "./a.png", device=()) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert Path("a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 5000},
+        {"steps": "x"},
+        {"prompt": 5},
+        {"device": "cuda:99"},
+        {"dtype": "float64"},
+        {"height": 15},
+        {"eta": 3.0},
+        {"versions": 1},
+    ],
+)
+def test_like_checks_a_recipe_before_any_work(
+    generate, change: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("red", "-o", "a.png", "--steps", "1") == 0
+    (recipe,) = read_recipes(Path("a.png"))
+    save_png(Image.open("a.png"), Path("b.png"), [dataclasses.replace(recipe, **change)])
+    capsys.readouterr()
+    monkeypatch.setattr(ldm, "load", lambda *_, **__: pytest.fail("work started"))
+    assert generate("--like", "b.png", "-o", "c.png", device=()) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not Path("c.png").exists()
+
+
 def test_like_refuses_other_weights_and_names_both(
     generate, tmp_path: Path, tmp_path_factory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +205,10 @@ BAD = {
     "empty prompt": (["  "], "the prompt is empty"),
     "no prompt": ([], "pass a prompt"),
     "no folder": (["red", "-o", "nowhere/a.png"], "there is no folder nowhere"),
+    "one of several a folder": (
+        ["red", "-o", "several.png", "--num-images", "2"],
+        "cannot be written",
+    ),
     "a folder": (["red", "-o", "folder.png"], "cannot be written"),
     "not a png": (["red", "-o", "a.jpg"], "must end in .png"),
     "device": (["red", "--device", "cuda:99"], "no device 'cuda:99'"),
@@ -160,7 +231,8 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ldm, "load", lambda *_, **__: pytest.fail("work started"))
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    (tmp_path / "folder.png").mkdir()
+    for folder in ("folder.png", "several-1.png"):
+        (tmp_path / folder).mkdir()
     before = names(tmp_path)
     weights = [] if "--weights" in args else ["--weights", str(model)]
     assert cli.main(["generate", *weights, *args]) == 2
@@ -170,10 +242,46 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(
     assert names(tmp_path) == before
 
 
-def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("args", [["--dtype", "float8"], ["--steps", "many"], ["--magic"]])
+def test_an_argument_of_the_wrong_kind_is_one_line_and_exit_code_2(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["generate", "red", "--dtype", "float8"])
+        cli.main(["generate", "red", *args])
     assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("broken", ["[1, 2]", "{", '{"a": 1}'])
+def test_a_broken_tokenizer_is_one_line(
+    broken: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "vocab.json").write_text(broken)
+    output = str(tmp_path / "a.png")
+    assert cli.main(["generate", "red", "--weights", str(folder), "-o", output]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error and len(error.splitlines()) == 1
+    assert not Path(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompts", "0"], "--prompts must be 1 or more"),
+        (["--steps", "0"], "steps must be between"),
+        (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
+        (["--seed", "-1"], "the seed must be between"),
+        (["--weights", "nothing"], "no weights at"),
+    ],
+)
+def test_evaluate_refuses_bad_input_before_any_work(
+    args: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--weights", str(model), *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is a POSIX signal")

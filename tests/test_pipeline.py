@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.pipeline import TextToImage, default_dtype
+from ldm.device import default_dtype
+from ldm.pipeline import TextToImage
 from ldm.samplers import Step
+from ldm.tokenizer import Tokenizer
 from tests.helpers import relative_error, tiny_model
 
 
@@ -139,15 +141,16 @@ def test_encode_undoes_the_scaling_of_decode(pipe: TextToImage) -> None:
 
 
 BAD = {
-    "steps": [0, 1001, -3],
+    "steps": [0, 1001, -3, 2.5, None],
     "sampler": ["euler", ""],
     "height": [0, 15, -16],
     "width": [3],
     "eta": [-0.1, 1.5, float("nan")],
-    "guidance_scale": [float("nan"), float("inf")],
-    "seed": [-1, 2**63],
-    "num_images": [0],
-    "prompt": ["", "   ", [], ["a", ""]],
+    "guidance_scale": [float("nan"), float("inf"), "7"],
+    "seed": [-1, 2**63, None, 1.5],
+    "num_images": [0, 1.5],
+    "prompt": ["", "   ", [], ["a", ""], None, [1]],
+    "negative_prompt": [None, ["blurred"]],
 }
 
 
@@ -179,6 +182,17 @@ def test_save_and_load_give_the_same_pictures(pipe: TextToImage, tmp_path: Path)
     assert pipe("a red", **settings)[0].tobytes() == again("a red", **settings)[0].tobytes()
 
 
+def test_save_refuses_before_writing(pipe: TextToImage, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        pipe.save(tmp_path / "nowhere" / "mine.safetensors")
+    other = Tokenizer.train(["something else entirely, in other words"] * 3, 530)
+    other.save(tmp_path)
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        pipe.save(tmp_path / "mine.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
+    assert Tokenizer.from_folder(tmp_path) == other
+
+
 def test_to_moves_every_stage_and_reports_it(pipe: TextToImage) -> None:
     moved = pipe.to(dtype=torch.bfloat16)
     assert moved is pipe
@@ -206,8 +220,17 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
     for name in ("cuda:99", "warp"):
         with pytest.raises(ValueError, match="device"):
             ldm.load(folder, device=name)
+    for load in (ldm.load_unet, ldm.load_vae, ldm.load_text_encoder):
+        with pytest.raises(ValueError, match="device"):
+            load(folder, device="cuda:99")
     with pytest.raises(ValueError, match="device"):
         ldm.load(folder, device="cpu").to("cuda:99")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+def test_a_dtype_that_is_not_floating_point_is_refused(folder: Path, dtype: object) -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        ldm.load(folder, device="cpu", dtype=dtype)
 
 
 def test_load_refuses_a_path_where_nothing_is(tmp_path: Path) -> None:
@@ -231,9 +254,13 @@ def test_the_default_dtype_is_half_on_a_gpu_alone() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_never_waits_for_the_device(folder: Path) -> None:
-    pipe = ldm.load(folder, device="cuda", dtype=torch.float32)
-    run = pipe.denoise("a red house", steps=4, eta=1.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("settings", [{"eta": 1.0}, {"sampler": "ddpm"}])
+def test_a_step_never_waits_for_the_device(
+    folder: Path, dtype: torch.dtype, settings: dict
+) -> None:
+    pipe = ldm.load(folder, device="cuda", dtype=dtype)
+    run = pipe.denoise("a red house", steps=4, **settings)
     next(run)  # the first step may set up libraries
     torch.cuda.synchronize()
     try:

@@ -29,7 +29,7 @@ from ldm.train.clip import (
 )
 from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
 from ldm.train.diffusion import DiffusionSettings, LatentSet, encode_set, train_diffusion
-from ldm.train.state import Optimisation, Record, TrainState
+from ldm.train.state import Optimisation, Record, StageError, TrainState
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -113,6 +113,21 @@ def test_a_failed_checkpoint_leaves_the_one_before_it(
     with pytest.raises(OSError, match="disk full"):
         state.save(path)
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    state = TrainState(torch.nn.Linear(2, 2), SHORT)
+    path = tmp_path / "state.pt"
+    state.save(path)
+    longer = TrainState(torch.nn.Linear(2, 2), dataclasses.replace(SHORT, steps=99))
+    with pytest.raises(StageError, match="go on with the same"):
+        longer.load(path)
+    with pytest.raises(StageError, match="not a checkpoint of this stage"):
+        TrainState(torch.nn.Linear(2, 2, bias=False), SHORT).load(path)
+    path.write_bytes(b"junk")
+    with pytest.raises(StageError, match="not a checkpoint"):
+        state.load(path)
 
 
 def test_the_learning_rate_warms_up_and_then_falls() -> None:
@@ -199,6 +214,7 @@ def test_bad_training_arguments_are_refused_before_any_work(
     out = tmp_path / "out"
     cases = [
         (["autoencoder", "--resume"], "nothing to resume"),
+        (["horizon", "--resume"], "nothing to resume"),
         (["diffusion"], "run `ldm train autoencoder"),
         (["autoencoder", "--steps", "0"], "must be 1 or more"),
         (["autoencoder", "--learning-rate", "-1"], "learning_rate must be above 0"),
@@ -214,5 +230,30 @@ def test_bad_training_arguments_are_refused_before_any_work(
     (out / "autoencoder.pt").write_bytes(b"precious")
     assert cli.main(["train", "autoencoder", "--out", str(out)]) == 2
     assert "pass --resume" in capsys.readouterr().err
+    assert cli.main(["train", "autoencoder", "--resume", "--out", str(out)]) == 2
+    assert "not a checkpoint" in capsys.readouterr().err
     assert cli.main(["train", "horizon", "--out", str(out)]) == 2
     assert (out / "autoencoder.pt").read_bytes() == b"precious"
+
+
+def test_the_command_names_the_stages_that_there_are() -> None:
+    assert tuple(run.STAGES) == cli.STAGES
+
+
+def test_resume_goes_on_with_the_settings_of_the_start(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    start = ["train", "clip", "--out", out, "--device", "cpu"]
+    assert cli.main([*start, "--steps", "2", "--batch-size", "4", "--seed", "5"]) == 0
+    words = (tmp_path / "out" / "vocab.json").read_text()
+    assert cli.main([*start, "--resume"]) == 0  # already at its end: nothing is changed
+    assert (tmp_path / "out" / "vocab.json").read_text() == words
+    assert cli.main([*start, "--resume", "--steps", "9"]) == 2
+
+
+def test_a_stage_refuses_an_unfinished_one_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = TrainState(torch.nn.Linear(2, 2), SHORT)
+    state.save(tmp_path / "autoencoder.pt")
+    assert cli.main(["train", "diffusion", "--out", str(tmp_path)]) == 2
+    assert "is not finished" in capsys.readouterr().err

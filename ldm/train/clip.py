@@ -79,7 +79,7 @@ class CLIPPair(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Similarities of every picture with every caption, times the learnt scale: (B, B)."""
-        # CLIP clamps the scale at 100, for stability (section 2.4).
+        # CLIP clamps the scale at 100, for stability (section 2.5).
         scale = self.log_scale.exp().clamp(max=100.0)
         return scale * self.embed_images(x) @ self.embed_text(ids).T
 

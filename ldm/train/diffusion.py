@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.scenes import Scene
 from ldm.schedule import NoiseSchedule
@@ -58,12 +59,16 @@ def encode_set(vae: AutoencoderKL, settings: DiffusionSettings) -> LatentSet:
     """Draw scenes and encode them once: the autoencoder is frozen, so every epoch would give the
     same latents again."""
     scenes = draw_scenes(rng_at(settings.optimisation.seed, 0), settings.num_scenes)
-    with fast_step(next(vae.parameters()).device):
-        latents = encode_scenes(vae, scenes, settings.image_size)
-    objects = F.avg_pool2d(object_masks(scenes, settings.image_size), vae.config.factor)
-    return LatentSet(
-        scenes, latents.float() * vae.config.scaling_factor, objects.to(latents.device)
-    )
+    device = next(vae.parameters()).device
+    latents, objects = [], []
+    for start in tqdm(range(0, len(scenes), 64), desc="encoding scenes", unit="batch"):
+        batch = scenes[start : start + 64]
+        with fast_step(device):
+            latents.append(encode_scenes(vae, batch, settings.image_size).float())
+        masks = object_masks(batch, settings.image_size)
+        objects.append(F.avg_pool2d(masks, vae.config.factor).to(device))
+    scaled = torch.cat(latents) * vae.config.scaling_factor
+    return LatentSet(scenes, scaled, torch.cat(objects))
 
 
 def train_diffusion(

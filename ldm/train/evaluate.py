@@ -116,7 +116,8 @@ def evaluate(
     guidance_scale: float = 7.5,
     seed: int = 0,
 ) -> Results:
-    """Measure a Horizon model on `count` prompts and as many scenes that training never saw."""
+    """Measure a Horizon model on `count` fresh prompts, of combinations that training
+    does show, and the autoencoder on as many fresh scenes of the whole world."""
     prompts = fresh_prompts(count, seed)
     judged = judge_prompts(pipe, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed)
     scores = prompt_scores(list(judged))

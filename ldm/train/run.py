@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import config_to_json, save_checkpoint
 from ldm.config import HORIZON
+from ldm.files import write_text
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
@@ -29,16 +30,12 @@ from ldm.train.autoencoder import (
 )
 from ldm.train.clip import CLIPPair, CLIPSettings, captions_to_learn_from, train_clip
 from ldm.train.diffusion import DiffusionSettings, encode_set, train_diffusion
-from ldm.train.state import Optimisation, Record, TrainState
+from ldm.train.state import Optimisation, Record, StageError, TrainState, read_state
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 SAVE_EVERY_SECONDS = 60.0
 LOG_EVERY_STEPS = 20
-
-
-class StageError(ValueError):
-    """A stage that cannot start: what is missing, or what would be overwritten."""
 
 
 def autoencoder(
@@ -67,8 +64,11 @@ def clip(
     """Stage 2: the tokenizer, learnt from captions, and `clip.pt`."""
 
     def fresh() -> CLIPPair:
-        captions = captions_to_learn_from(settings.optimisation.seed)
-        tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
+        if resume:
+            tokenizer = Tokenizer.from_folder(out)
+        else:
+            captions = captions_to_learn_from(settings.optimisation.seed)
+            tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
         return CLIPPair(HORIZON.text, tokenizer, settings.image_size)
 
     state = prepare(fresh, settings.optimisation, out, "clip", resume, device)
@@ -109,7 +109,7 @@ def diffusion(
     save_checkpoint(
         out / "model.safetensors", unet=unet, vae=vae, text=text, config=config, dtype=torch.float16
     )
-    (out / "config.json").write_text(config_to_json(config, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "config.json", config_to_json(config, indent=2) + "\n")
 
 
 STAGES: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
@@ -122,7 +122,8 @@ STAGES: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
 def stage(
     name: str, out: Path, *, resume: bool = False, device: str = "cpu", **changes: float
 ) -> None:
-    """Run one stage by its name, by its recipe but for the `changes` to its `Optimisation`.
+    """Run one stage by its name: by its recipe but for the `changes` to its `Optimisation`, or with
+    `resume` by the settings that it was started with.
 
     Raises:
         StageError: an earlier stage is missing, or the folder does not fit `resume`.
@@ -130,7 +131,10 @@ def stage(
     """
     run, recipe = STAGES[name]
     settings = recipe()
-    settings = replace(settings, optimisation=replace(settings.optimisation, **changes))
+    path = out / f"{name}.pt"
+    stored = read_state(path)["settings"] if resume else {}
+    optimisation = replace(settings.optimisation, **(stored | changes))
+    settings = replace(settings, optimisation=optimisation)
     run(out, resume=resume, settings=settings, device=device)
 
 
@@ -140,7 +144,7 @@ def report(out: Path) -> str:
     from ldm.train.evaluate import evaluate
 
     text = evaluate(ldm.load(out, dtype=torch.float32)).as_markdown()
-    (out / "evaluation.md").write_text(text + "\n", encoding="utf-8")
+    write_text(out / "evaluation.md", text + "\n")
     return text
 
 
@@ -155,11 +159,9 @@ def prepare(
     """A fresh state, or with `resume` the one that the folder holds.
 
     Raises:
-        StageError: `resume` without a checkpoint, or a checkpoint without `resume`.
+        StageError: `resume` without a checkpoint that fits, or a checkpoint without `resume`.
     """
     path = out / f"{name}.pt"
-    if resume and not path.is_file():
-        raise StageError(f"nothing to resume: {path} is not there")
     if not resume and path.exists():
         raise StageError(f"{path} exists: pass --resume to go on from it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -173,41 +175,40 @@ def prepare(
 
 
 def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> None:
-    """Run a loop to its end with a progress bar, a log, and a checkpoint every minute. Ctrl-C too
-    leaves a checkpoint, to resume from."""
+    """Run a loop to its end with a progress bar, a log, and a checkpoint every minute and at the
+    end. Ctrl-C may come in the middle of a step, so nothing is saved then: it costs the time since
+    the last checkpoint, no more."""
     path, log = out / f"{name}.pt", out / f"{name}.jsonl"
     started = saved = time.monotonic()
     total = state.settings.steps
-    with (
-        tqdm(total=total, initial=state.step, desc=name, unit="step") as bar,
-        log.open("a") as file,
-    ):
-        try:
-            for record in loop:
-                bar.update()
-                if record.step % LOG_EVERY_STEPS == 0 or record.step == total:
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
-                    seconds = round(time.monotonic() - started, 1)
-                    entry = {"step": record.step, "seconds": seconds, **record.figures}
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                    state.save(path)
-                    saved = time.monotonic()
-        finally:
-            state.save(path)
+    bar = tqdm(total=total, initial=state.step, desc=name, unit="step")
+    with bar, log.open("a", encoding="utf-8") as file:
+        for record in loop:
+            bar.update()
+            if record.step % LOG_EVERY_STEPS == 0 or record.step == total:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
+                seconds = round(time.monotonic() - started, 1)
+                entry = {"step": record.step, "seconds": seconds, **record.figures}
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS or record.step == total:
+                state.save(path)
+                saved = time.monotonic()
 
 
 def averaged(out: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights that an earlier stage has reached.
+    """The averaged weights that an earlier stage ended with.
 
     Raises:
-        StageError: that stage has not been run here.
+        StageError: that stage has not been run here, or not to its end.
     """
     path = out / f"{name}.pt"
     if not path.is_file():
         raise StageError(f"{path} is not there: run `ldm train {name} --out {out}` first")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    state = read_state(path)
+    if state["step"] < state["settings"]["steps"]:
+        raise StageError(f"{path} is not finished: run `ldm train {name} --out {out} --resume`")
+    weights: dict[str, Tensor] = state["ema"]
     return weights
 
 

@@ -6,12 +6,14 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ldm.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Optimisation:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
         if self.seed < 0:
             raise ValueError(f"the seed must be 0 or more, not {self.seed}")
+
+
+class StageError(ValueError):
+    """A stage that cannot start: what is missing, or what would be overwritten."""
 
 
 class TrainState:
@@ -93,25 +99,49 @@ class TrainState:
                 mean.lerp_(value, 1 - decay)
 
     def save(self, path: Path) -> None:
-        """Write everything that `load` needs, under a temporary name that is then renamed: a stop
-        in the middle leaves the checkpoint before it whole."""
+        """Write everything that `load` needs; a stop in the middle leaves the checkpoint before."""
         state = {
+            "settings": asdict(self.settings),
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = path.with_name(path.name + ".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        """Go on from a checkpoint.
+
+        Raises:
+            StageError: it cannot be read, or was made with other settings, or for another model.
+        """
+        state = read_state(path, self.device)
+        if state["settings"] != asdict(self.settings):
+            raise StageError(f"{path} was made with {state['settings']}: go on with the same")
+        if state["model"].keys() != self.model.state_dict().keys():
+            raise StageError(f"{path} is not a checkpoint of this stage")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `TrainState.save` wrote.
+
+    Raises:
+        StageError: it is not there, or not such a file.
+    """
+    if not path.is_file():
+        raise StageError(f"{path} is not there")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        if missing := {"settings", "step", "model", "ema", "optimizer"} - state.keys():
+            raise KeyError(*missing)
+    except Exception as error:  # torch says a broken file in many ways and many lines
+        raise StageError(f"{path} is not a checkpoint of a training stage") from error
+    return state
 
 
 @contextlib.contextmanager
