@@ -97,7 +97,13 @@ HORIZON = ModelConfig(
         num_heads=4,
         context_dim=128,
     ),
-    vae=VAEConfig(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=16),
+    vae=VAEConfig(
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        norm_groups=16,
+        scaling_factor=0.5172,
+    ),
     text=TextConfig(
         vocab_size=695,  # 2 x 256 bytes, 181 merges, start and end
         hidden_size=128,

@@ -1,4 +1,4 @@
-"""What every test may ask for: the devices there are, and a folder-wide set of models."""
+"""What every test may ask for: the devices that this machine has."""
 
 from __future__ import annotations
 

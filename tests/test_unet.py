@@ -106,7 +106,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
 def test_half_precision_stays_close(device: str) -> None:
     # fp32: rounding through a dozen layers. Half precision: bfloat16 rounds each of some dozen
     # results by up to 2^-9 = 0.2 %, and the largest error among all outputs is some four times
-    # the usual one; measured 4 % of the std in bfloat16.
+    # the usual one; measured 4.9 % of the std in bfloat16, 2.3e-6 in fp32.
     assert_stage_agrees_across_dtypes(
         lambda unet, *args: unet(*args), tuple(inputs()), tiny(), device, fp32=1e-5, half=0.1
     )

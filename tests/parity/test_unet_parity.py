@@ -15,7 +15,7 @@ from ldm.checkpoint import load_unet
 from ldm.config import UNetConfig
 from ldm.unet import UNet
 from tests.helpers import randn, relative_error, small_config
-from tests.parity import assert_parity
+from tests.parity import assert_parity, only_small
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -57,8 +57,11 @@ def oracle(checkpoint: Path) -> nn.Module:
 
 
 def inputs(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    x = randn(2, 4, *size, seed=5)
-    return x, torch.tensor([999, 1]), randn(2, 77, small_config().unet.context_dim, seed=6)
+    """Two latents at different timesteps; but a single one where it is large, for its time."""
+    batch = 1 if max(size) > 32 else 2
+    x = randn(batch, 4, *size, seed=5)
+    context = randn(batch, 77, small_config().unet.context_dim, seed=6)
+    return x, torch.tensor([999, 1][:batch]), context
 
 
 def outputs_of(
@@ -133,14 +136,15 @@ NORMS = {
 }
 
 
+@only_small
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
 def test_parity_would_show_a_wrong_epsilon(
-    ours: UNet, oracle: nn.Module, norms: tuple[str, ...], activation_std: float
+    ours: UNet,
+    oracle: nn.Module,
+    norms: tuple[str, ...],
 ) -> None:
     """The test above can see what it must: ten times the epsilon, at small activations, is far
     outside the bound of 1e-4."""
-    if activation_std == 1.0:
-        pytest.skip("only small activations are sensitive to epsilon")
     args = inputs(SIZES[0])
     wrong = copy.deepcopy(ours)
     changed = [m for name, m in wrong.named_modules() if name.endswith(norms)]

@@ -1,0 +1,213 @@
+"""The noise schedule against its closed forms."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.config import ScheduleConfig
+from ldm.schedule import (
+    NoiseSchedule,
+    eps_from_v,
+    eps_from_x0,
+    noised,
+    pairs,
+    v_from_eps,
+    x0_from_eps,
+    x0_from_v,
+)
+from tests.helpers import randn
+
+SCHEDULE = NoiseSchedule()
+
+
+# --- The tables ------------------------------------------------------------------------------
+
+
+def test_betas_are_squares_of_evenly_spaced_roots() -> None:
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)
+    expected = [(first + (last - first) * i / 999) ** 2 for i in range(1000)]
+    # Computed in float64, cast once: half a unit in the last place of float32, 2^-24.
+    torch.testing.assert_close(
+        SCHEDULE.betas.double(), torch.tensor(expected, dtype=torch.float64), rtol=2**-24, atol=0
+    )
+
+
+def test_alpha_bar_is_the_product_of_one_minus_beta_rounded_once() -> None:
+    """In exact rational arithmetic: a product in float32 would be off by up to 1e-5."""
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)
+    product, expected = Fraction(1), []
+    for i in range(1000):
+        product *= 1 - Fraction((first + (last - first) * i / 999) ** 2)
+        product = product.limit_denominator(10**30)
+        expected.append(float(product))
+    # Cast once to float32: half a unit in the last place, 2^-24, and some slack for float64's own
+    # thousand roundings (1e-13).
+    torch.testing.assert_close(
+        SCHEDULE.alpha_bar.double(),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=2**-24 + 1e-12,
+        atol=0,
+    )
+
+
+def test_alpha_bar_has_sd_v1s_known_values() -> None:
+    """Its ends: 1 - 0.00085; and, as sigma = sqrt((1 - alpha_bar) / alpha_bar), the range that
+    k-diffusion prints for Stable Diffusion v1, 0.0292 to 14.6146."""
+    assert SCHEDULE.alpha_bar[0].item() == pytest.approx(0.99915, abs=1e-7)
+    sigma = ((1 - SCHEDULE.alpha_bar) / SCHEDULE.alpha_bar).sqrt()
+    assert round(sigma[0].item(), 4) == 0.0292
+    assert round(sigma[-1].item(), 4) == 14.6146
+    assert (SCHEDULE.alpha_bar.diff() < 0).all()
+
+
+def test_tables_are_float32_on_the_cpu() -> None:
+    for table in (SCHEDULE.betas, SCHEDULE.alpha_bar):
+        assert table.shape == (1000,)
+        assert table.dtype == torch.float32 and table.device.type == "cpu"
+
+
+def test_alpha_bar_at_is_the_table_and_one_for_the_clean_picture() -> None:
+    for t in (0, 1, 500, 999):
+        assert SCHEDULE.alpha_bar_at(t) == SCHEDULE.alpha_bar[t].item()
+    assert SCHEDULE.alpha_bar_at(-1) == 1.0
+    for t in (-2, 1000):
+        with pytest.raises(IndexError, match=r"out of (range|bounds)"):
+            SCHEDULE.alpha_bar_at(t)
+
+
+def test_schedule_follows_its_config() -> None:
+    schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=3, beta_start=0.01, beta_end=0.09))
+    expected = torch.tensor([0.01, 0.04, 0.09])  # the squares of 0.1, 0.2, 0.3
+    torch.testing.assert_close(schedule.betas, expected, rtol=1e-6, atol=0)  # float32
+    assert schedule.alpha_bar[2].item() == pytest.approx(0.99 * 0.96 * 0.91, rel=1e-6)
+
+
+# --- Noising ---------------------------------------------------------------------------------
+
+
+def test_add_noise_takes_each_image_to_its_own_timestep(device: str) -> None:
+    x0, noise = randn(3, 4, 2, 2).to(device), randn(3, 4, 2, 2, seed=1).to(device)
+    t = torch.tensor([0, 500, 999], device=device)
+    before = x0.clone(), noise.clone()
+    x = SCHEDULE.add_noise(x0, noise, t)
+    assert x.shape == x0.shape and x.dtype == x0.dtype and x.device == x0.device
+    for i, step in enumerate(t.tolist()):
+        a = SCHEDULE.alpha_bar_at(step)
+        expected = math.sqrt(a) * x0[i] + math.sqrt(1 - a) * noise[i]
+        # sqrt(1 - alpha_bar) in float32: at t = 0 the difference 0.00085 keeps only 14 bits.
+        torch.testing.assert_close(x[i], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x0, before[0]) and torch.equal(noise, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_add_noise_keeps_the_dtype_and_its_precision(dtype: torch.dtype, device: str) -> None:
+    """1 - alpha_bar at t = 0 is 0.00085: in half precision alpha_bar itself would round to 1 (or
+    near it), and the noise would vanish (or be a quarter too large)."""
+    zeros, ones = torch.zeros(2, 1).to(device, dtype), torch.ones(2, 1).to(device, dtype)
+    x = SCHEDULE.add_noise(zeros, ones, torch.tensor([0, 999], device=device))
+    assert x.dtype == dtype
+    expected = (1 - SCHEDULE.alpha_bar[[0, 999]].double()).sqrt()[:, None]
+    # One rounding to the dtype, and float32's 1 - alpha_bar (see above).
+    rtol = torch.finfo(dtype).eps + 1e-4
+    torch.testing.assert_close(x.double().cpu(), expected, rtol=rtol, atol=0)
+
+
+def test_noised_latents_keep_a_unit_variance() -> None:
+    x0, noise = randn(1, 100_000), randn(1, 100_000, seed=1)
+    for t in (0, 300, 999):
+        x = SCHEDULE.add_noise(x0, noise, torch.tensor([t]))
+        # The standard error of the variance of n normal numbers is sqrt(2 / n) = 0.0045: five.
+        assert abs(x.var().item() - 1) < 5 * math.sqrt(2 / 100_000)
+
+
+# --- The same equation, turned around --------------------------------------------------------
+
+NUMBERS = st.floats(-10, 10)
+ALPHA_BARS = st.floats(0.004, 0.9995)  # a little more than the schedule's range
+
+
+@given(NUMBERS, NUMBERS, ALPHA_BARS)
+def test_any_two_of_x_x0_eps_v_give_the_rest(x0: float, eps: float, alpha_bar: float) -> None:
+    x0, eps = (torch.tensor(a, dtype=torch.float64) for a in (x0, eps))
+    x = noised(x0, eps, alpha_bar)
+    v = v_from_eps(x0, eps, alpha_bar)
+    # float64 rounding (1e-16) of numbers up to 20, magnified by 1 / sqrt(0.0005) = 45 at most.
+    close = dict(rtol=0, atol=1e-12)
+    torch.testing.assert_close(x0_from_eps(x, eps, alpha_bar), x0, **close)
+    torch.testing.assert_close(eps_from_x0(x, x0, alpha_bar), eps, **close)
+    torch.testing.assert_close(x0_from_v(x, v, alpha_bar), x0, **close)
+    torch.testing.assert_close(eps_from_v(x, v, alpha_bar), eps, **close)
+
+
+@given(NUMBERS, NUMBERS, st.floats(0.05, 1.52))
+def test_x_and_v_are_x0_and_eps_turned_by_one_angle(x0: float, eps: float, phi: float) -> None:
+    """Salimans & Ho 2022: alpha = cos(phi), sigma = sin(phi), and v = dx / dphi."""
+    x0, eps = (torch.tensor(a, dtype=torch.float64) for a in (x0, eps))
+    alpha_bar = math.cos(phi) ** 2
+    v = v_from_eps(x0, eps, alpha_bar)
+    torch.testing.assert_close(
+        v, -math.sin(phi) * x0 + math.cos(phi) * eps, rtol=0, atol=1e-12
+    )  # float64, magnified by 1 / sin(0.05) = 20
+    x = noised(x0, eps, alpha_bar)
+    torch.testing.assert_close(x**2 + v**2, x0**2 + eps**2, rtol=1e-12, atol=1e-12)
+
+
+def test_functions_broadcast_a_tensor_of_alpha_bars() -> None:
+    x0, eps = randn(2, 3, dtype=torch.float64), randn(2, 3, seed=1, dtype=torch.float64)
+    alpha_bar = torch.tensor([[0.9], [0.1]], dtype=torch.float64)
+    for function in (noised, x0_from_eps, eps_from_x0, v_from_eps, x0_from_v, eps_from_v):
+        together = function(x0, eps, alpha_bar)
+        for i, a in enumerate((0.9, 0.1)):
+            # The same float64 operations, on a number and on a tensor.
+            torch.testing.assert_close(together[i], function(x0[i], eps[i], a), rtol=1e-14, atol=0)
+
+
+# --- The grids -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [*range(1, 60), 99, 250, 333, 334, 499, 500, 501, 998, 999, 1000])
+def test_grid_has_exactly_the_asked_steps_within_the_table(steps: int) -> None:
+    grid = SCHEDULE.timesteps(steps)
+    assert len(grid) == steps
+    assert all(0 <= t <= 999 for t in grid)
+    assert grid == sorted(set(grid), reverse=True)
+    assert {a - b for a, b in pairwise(grid)} <= {1000 // steps}
+
+
+def test_grids_written_out() -> None:
+    assert SCHEDULE.timesteps(1) == [1]
+    assert SCHEDULE.timesteps(3) == [667, 334, 1]
+    assert SCHEDULE.timesteps(4) == [751, 501, 251, 1]
+    assert SCHEDULE.timesteps(7) == [853, 711, 569, 427, 285, 143, 1]  # CompVis would take 8
+    assert SCHEDULE.timesteps(50)[:2] == [981, 961] and SCHEDULE.timesteps(50)[-1] == 1
+    assert SCHEDULE.timesteps(999) == list(range(999, 0, -1))
+    assert SCHEDULE.timesteps(1000) == list(range(999, -1, -1))
+
+
+def test_grid_is_compvis_where_steps_divide_1000() -> None:
+    """`range(0, 1000, 1000 // S) + 1`, backwards."""
+    for steps in (s for s in range(1, 1000) if 1000 % s == 0):
+        compvis = [t + 1 for t in range(0, 1000, 1000 // steps)][::-1]
+        assert SCHEDULE.timesteps(steps) == compvis
+
+
+def test_ddim_ends_at_timestep_0_and_ddpm_at_the_clean_picture() -> None:
+    assert SCHEDULE.ddim_timesteps(4) == [(751, 501), (501, 251), (251, 1), (1, 0)]
+    assert SCHEDULE.ddpm_timesteps(4) == [(751, 501), (501, 251), (251, 1), (1, -1)]
+    assert SCHEDULE.ddim_timesteps(1000)[-2:] == [(1, 0), (0, 0)]
+    assert SCHEDULE.ddpm_timesteps(1000)[-2:] == [(1, 0), (0, -1)]
+    assert pairs([5], end=2) == [(5, 2)]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_number_of_steps_is_refused(steps: int) -> None:
+    for grid in (SCHEDULE.timesteps, SCHEDULE.ddim_timesteps, SCHEDULE.ddpm_timesteps):
+        with pytest.raises(ValueError, match=f"between 1 and 1000, not {steps}"):
+            grid(steps)
