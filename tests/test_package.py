@@ -19,19 +19,21 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def python(program: str, *path: Path) -> str:
-    """The output of a program in a fresh interpreter, with these folders on its path."""
+    """The output of a program in a fresh interpreter that finds `ldm` in these folders first.
+
+    It runs in the first of them: Python looks in the working folder before anywhere else.
+    """
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=env, cwd=path[0], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
 
 def test_importing_ldm_pulls_in_nothing_slow() -> None:
-    program = "import sys, ldm; print(*sys.modules)"
+    program = "import sys, torch; a = {*sys.modules}; import ldm; print(*({*sys.modules} - a))"
     loaded = {name.split(".")[0] for name in python(program, ROOT).split()}
-    assert "torch" in loaded and "ldm" in loaded
+    assert "ldm" in loaded
     assert not loaded & {"transformers", "tokenizers", "matplotlib", "PIL", "diffusers", "tqdm"}
 
 
@@ -113,6 +115,7 @@ def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path
         "hashlib.sha256(p.unet.conv_in.weight.detach().numpy().tobytes()).hexdigest())"
     )
     before = python(program, tmp_path)
+    shipped = hashlib.sha256((ROOT / "weights/horizon/model.safetensors").read_bytes()).hexdigest()
     change = (
         "import ldm, torch; p = ldm.load(device='cpu'); "
         "torch.nn.init.ones_(p.unet.conv_in.weight); p.save(ldm.shipped_weights())"
@@ -120,5 +123,7 @@ def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path
     python(change, tmp_path)
     after = python(program, tmp_path)
     assert before != after
+    ours = (ROOT / "weights/horizon/model.safetensors").read_bytes()
+    assert hashlib.sha256(ours).hexdigest() == shipped  # the test changed its own copy alone
     ones = hashlib.sha256(b"\x00\x00\x80\x3f" * (64 * 4 * 9)).hexdigest()
     assert after == f"horizon {ones}"
