@@ -181,7 +181,7 @@ class TextToImage:
         context = self.context(prompts)  # (B, L, D)
         uncond_context = self.context([negative_prompt]).expand_as(context)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
-        # that to what one sees. On a CPU a batch gains little, so there each image is asked alone.
+        # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
         eps_fn = guide(
             self.unet, context, uncond_context, guidance_scale, images_per_call=images_per_call
