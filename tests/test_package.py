@@ -127,3 +127,13 @@ def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path
     assert hashlib.sha256(ours).hexdigest() == shipped  # the test changed its own copy alone
     ones = hashlib.sha256(b"\x00\x00\x80\x3f" * (64 * 4 * 9)).hexdigest()
     assert after == f"horizon {ones}"
+
+
+def test_the_readmes_two_commands_are_the_ones_that_are_run() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tests = 'pip install -c constraints.txt -e ".[dev]" && pytest\n'
+    assert f"```\n{tests}```" in readme
+    assert (
+        '```\npip install -c constraints.txt . && ldm generate "green grass at night"\n' in readme
+    )
+    assert tests in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -18,6 +19,7 @@ from ldm.scenes import HELD_OUT
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
+from ldm.train import evaluate as measure
 from ldm.train import run
 from ldm.train.autoencoder import AutoencoderSettings, measured_scaling_factor, train_autoencoder
 from ldm.train.clip import (
@@ -257,3 +259,26 @@ def test_a_stage_refuses_an_unfinished_one_before_it(
     state.save(tmp_path / "autoencoder.pt")
     assert cli.main(["train", "diffusion", "--out", str(tmp_path)]) == 2
     assert "is not finished" in capsys.readouterr().err
+
+
+def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Optimisation(steps=2, batch_size=4, learning_rate=1e-3)
+    for name, (function, recipe) in run.STAGES.items():
+        few = {"num_scenes": 8} if name == "diffusion" else {}
+        short = dataclasses.replace(recipe(), optimisation=tiny, **few)
+        monkeypatch.setitem(run.STAGES, name, (function, lambda short=short: short))
+    quick = functools.partial(measure.evaluate, count=2, steps=1)
+    monkeypatch.setattr(measure, "evaluate", quick)
+
+    out = tmp_path / "out"
+    assert cli.main(["train", "horizon", "--out", str(out), "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert "| sky |" in table
+    assert (out / "evaluation.md").read_text() == table
+    weights = (out / "model.safetensors").read_bytes()
+    assert cli.main(["train", "horizon", "--out", str(out)]) == 2  # it would start over
+    (out / "model.safetensors").unlink()
+    assert cli.main(["train", "horizon", "--out", str(out), "--resume", "--device", "cpu"]) == 0
+    assert (out / "model.safetensors").read_bytes() == weights
