@@ -155,11 +155,12 @@ def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
     prompts = check_prompts(args.prompts, args.num_images)
     device = default_device() if args.device is None else check_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     recipes = [
         Recipe(
             prompt=prompt,
             negative_prompt=args.negative_prompt,
-            seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
+            seed=seed,
             index=index,
             sampler=args.sampler,
             steps=args.steps,
@@ -175,7 +176,6 @@ def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
         )
         for index, prompt in enumerate(prompts)
     ]
-    recipes = [dataclasses.replace(one, seed=recipes[0].seed) for one in recipes]
     check_recipes(recipes, config)
     return recipes
 
