@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,36 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # as any new file's: safetensors writes for the owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder to write into; renamed to `path` at the end, or removed if anything fails.
+
+    Raises:
+        ValueError: in one line, before any work: there is something at `path`, or there can be
+            nothing.
+    """
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path} exists already: a new folder is never mixed with an old one")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
