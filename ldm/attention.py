@@ -1,17 +1,40 @@
 """Attention: how places in the picture look at each other and at the words of the prompt.
 
-From the inside out: `Attention` (queries ask, keys answer, values are fetched), `FeedForward`
-(each place thinks for itself), `SpatialTransformer` (self-attention, cross-attention and
-feed-forward over the places of a picture).
+From the inside out: `AttentionWeights` (who looks where, for who wants to see it), `Attention`
+(queries ask, keys answer, values are fetched), `FeedForward` (each place thinks for itself),
+`SpatialTransformer` (self-attention, cross-attention and feed-forward over the places of a
+picture).
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.layers import zero_
+
+
+class AttentionWeights(nn.Module):
+    """softmax(q k^T / sqrt(d)), as a value with a name: how much each query looks at each key.
+
+    It has no parameters, and is asked only while a forward hook watches it (see `observe.py`).
+    """
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anyone wants to see, or to edit, the weights."""
+        return bool(self._forward_hooks)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """q: (B, heads, N, d), k: (B, heads, M, d) -> (B, heads, N, M); each row sums to 1."""
+        # Scaled before the product, which could overflow in half precision.
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
+
+    def output_bytes(self, q: Tensor, k: Tensor) -> int:
+        """The size of the weights, before there are any: they can be larger than the model."""
+        return q.shape[:-1].numel() * k.shape[-2] * q.element_size()
 
 
 class Attention(nn.Module):
@@ -29,6 +52,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.weights = AttentionWeights()
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -37,7 +61,11 @@ class Attention(nn.Module):
             rearrange(a, "b n (heads d) -> b heads n d", heads=self.num_heads)
             for a in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (B, heads, N or M, dim / heads)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim / heads)
+        # The fast kernel never writes the weights down, so it cannot show them.
+        if self.weights.is_watched:
+            h = self.weights(q, k) @ v  # (B, heads, N, dim / heads)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)  # the same
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))  # (B, N, dim)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.attention import AttentionWeights
 from ldm.config import VAEConfig
 from ldm.layers import Downsample, ResBlock, Upsample, zero_
 
@@ -197,6 +198,7 @@ class ConvAttention(nn.Module):
         self.to_q = nn.Conv2d(channels, channels, 1)
         self.to_k = nn.Conv2d(channels, channels, 1)
         self.to_v = nn.Conv2d(channels, channels, 1)
+        self.weights = AttentionWeights()
         self.to_out = nn.Conv2d(channels, channels, 1)
         zero_(self.to_out)
 
@@ -207,7 +209,10 @@ class ConvAttention(nn.Module):
             rearrange(a, "b c h w -> b 1 (h w) c")
             for a in (self.to_q(h), self.to_k(h), self.to_v(h))
         )  # (B, 1, h w, C)
-        h = F.scaled_dot_product_attention(q, k, v)
+        if self.weights.is_watched:
+            h = self.weights(q, k) @ v  # (B, 1, h w, C)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)  # the same
         return x + self.to_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.attention import Attention, FeedForward, SpatialTransformer
+from ldm.attention import Attention, AttentionWeights, FeedForward, SpatialTransformer
 from tests.helpers import randn, randomise, relative_error, rng
 
 # A few matrix products of up to 32 terms in fp32 (each rounded by 6e-8), on numbers of size 1.
@@ -52,6 +53,57 @@ def test_attention_has_no_bias_in_its_projections_but_the_last() -> None:
 def test_attention_refuses_channels_that_do_not_split_into_heads() -> None:
     with pytest.raises(ValueError, match="16 channels do not split into 3 heads"):
         Attention(16, 16, 3)
+
+
+def test_watched_attention_is_the_same_attention(device: str) -> None:
+    layer = randomise(Attention(16, 10, 2), rng()).to(device)
+    x, context = randn(2, 6, 16).to(device), randn(2, 5, 10, seed=1).to(device)
+    unwatched = layer(x, context)
+    seen: list[Tensor] = []
+    handle = layer.weights.register_forward_hook(lambda _, inputs, value: seen.append(value))
+    assert relative_error(layer(x, context), unwatched) <= 1e-5
+    torch.testing.assert_close(layer(x, context), by_hand(layer, x, context), **FP32)
+    handle.remove()
+    assert [value.shape for value in seen] == [(2, 2, 6, 5)] * 2
+    assert torch.equal(layer(x, context), unwatched)
+    assert len(seen) == 2
+
+
+def test_the_fast_kernel_alone_runs_unless_the_weights_are_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    fast = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a: calls.append("fast") or fast(*a)
+    )
+    monkeypatch.setattr(AttentionWeights, "forward", lambda *_: pytest.fail("weights were made"))
+    layer, x = randomise(Attention(16, 16, 2), rng()), randn(1, 6, 16)
+    layer(x, x)
+    assert calls == ["fast"]
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a: pytest.fail("the fast kernel ran")
+    )
+    layer.weights.register_forward_hook(lambda *_: None)
+    layer(x, x)
+
+
+def test_weights_are_known_in_size_before_they_are_made() -> None:
+    weights = AttentionWeights()
+    for dtype in (torch.float32, torch.float16):
+        q, k = randn(2, 3, 6, 8).to(dtype), randn(2, 3, 5, 8).to(dtype)
+        assert weights.output_bytes(q, k) == weights(q, k).nbytes
+
+
+def test_weights_do_not_overflow_in_half_precision() -> None:
+    # The products are 64 * 40 * 40 = 102,400, past float16's 65,504; scaled by 1/8 they fit.
+    q = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)
+    assert torch.equal(AttentionWeights()(q, q), torch.full_like(q[..., :2], 0.5))
+
+
+def test_weights_add_nothing_to_the_state() -> None:
+    assert not AttentionWeights().state_dict()
 
 
 def test_attention_does_not_depend_on_the_order_of_the_words() -> None:

@@ -11,11 +11,13 @@ from torch.distributions import Normal, kl_divergence
 
 from ldm.config import HORIZON, SD_V1, VAEConfig
 from ldm.layers import Downsample
+from ldm.observe import record
 from ldm.vae import AutoencoderKL, Posterior
 from tests.helpers import (
     assert_stage_agrees_across_dtypes,
     randn,
     random_stage,
+    relative_error,
     rng,
     tiny_config,
 )
@@ -224,3 +226,18 @@ def test_sd_v1_has_83_653_863_parameters() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL(SD_V1.vae)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+
+
+def test_attention_can_be_watched_and_is_the_same_watched() -> None:
+    vae = random_stage("vae", tiny_config())
+    z = randn(1, 4, 3, 4)
+    with torch.no_grad():
+        plain = vae.decode(z)
+        with record(vae, "decoder.mid.attention.weights") as seen:
+            watched = vae.decode(z)
+    (weights,) = seen["decoder.mid.attention.weights"]
+    assert weights.shape == (1, 1, 12, 12)
+    # Sums of 12 fp32 numbers below 1.
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 12), rtol=0, atol=1e-6)
+    # The fast kernel adds in another order.
+    assert relative_error(watched, plain) <= 1e-5
