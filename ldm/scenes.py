@@ -38,7 +38,7 @@ clouds and stars have wandered, and `roll`, the phase of the hills, dunes and wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
@@ -310,13 +310,15 @@ class Scene:
 
     def describe(
         self, rng: np.random.Generator, keep: Collection[str] | None = None
-    ) -> tuple[str, frozenset[str]]:
-        """A caption, and the names of the attributes it states.
+    ) -> tuple[str, dict[str, str]]:
+        """A caption, and what it states: `{attribute: value}`.
 
-        Without `keep` the choice is random; with it exactly those attributes are stated, absent
-        things included ("no house"), though a moon tells the night by the way. A caption is true,
-        and lower-case ASCII of at most 40 words. Raises ValueError when `keep` holds an unknown
-        attribute, or nothing.
+        A house that is named without its colour, or a sun, moon or tree without its side, has the
+        value `SOME`. Without `keep` the choice is random; with it exactly those attributes are
+        stated, absent things included ("no house"), though a moon tells the night by the way.
+
+        A caption is true, and lower-case ASCII of at most 40 words. Raises ValueError when `keep`
+        holds an unknown attribute, or nothing.
         """
         return _describe(self, rng, keep)
 
@@ -345,10 +347,14 @@ STATED: dict[str, tuple[float, float]] = {
     "house": (0.92, 0.36),
     "house_position": (0.66, 1.0),  # given that the house is stated; "no house" states all three
     "house_size": (0.66, 1.0),
-    "light": (0.62, 0.36),
-    "tree": (0.62, 0.36),
+    "light": (0.66, 0.36),
+    "tree": (0.70, 0.36),
     "horizon": (0.45, 0.45),
 }
+# Where the colour of a house, or the side of a sun, moon or tree, is left open, half of the
+# captions name the thing all the same: there is some.
+NAMED = 0.5
+SOME = "some"
 
 _WHEN = {
     "day": ("by day", "in daylight", "during the day", "under a blue sky", "in the daytime"),
@@ -388,90 +394,107 @@ _HORIZON = {
 
 def _describe(
     scene: Scene, rng: np.random.Generator, keep: Collection[str] | None
-) -> tuple[str, frozenset[str]]:
+) -> tuple[str, dict[str, str]]:
     """`Scene.describe`."""
     names = scene.attributes
     if keep is None:
         said = _choose(names, rng)
     else:
-        said = set(keep)
-        unknown = said - set(ATTRIBUTES)
-        if unknown or not said:
+        unknown = set(keep) - set(ATTRIBUTES)
+        if unknown or not keep:
             wrong = ", ".join(sorted(map(str, unknown))) or "nothing"
             raise ValueError(f"keep must hold some of {', '.join(ATTRIBUTES)}, not {wrong}")
+        said = {name: names[name] for name in ATTRIBUTES if name in keep}
 
-    def pick(phrases: Collection[str]) -> str:
-        return str(rng.choice(list(phrases)))
-
-    parts = _phrases(names, said, pick)
-    moonlit = names["sky"] == "night" and names["light"] != "none"
-    if keep is None and moonlit and "sky" in said and "light" not in said and rng.random() < 0.2:
-        parts["when"] = "under the moon"  # true, though it gives no side
+    parts = _phrases(names, said, rng)
     text = _sentence(parts, rng) if rng.random() < 0.65 else _list(parts, rng)
     if keep is None and names["sky"] == "night" and "light" in said:
-        said.add("sky")  # a moon, or its absence, says that it is night
-    return text, frozenset(said)
+        said["sky"] = "night"  # a moon, or its absence, says that it is night
+    return text, said
 
 
-def _choose(names: Mapping[str, str], rng: np.random.Generator) -> set[str]:
-    """The attributes that a random caption states; at least the ground or the sky."""
-    said: set[str] = set()
+def _choose(names: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
+    """What a random caption states; at least the ground or the sky."""
+    said: dict[str, str] = {}
     for name, (present, absent) in STATED.items():
-        probability = absent if names[name] == "none" else present
+        value = names[name]
         part_of_house = name in ("house_position", "house_size")
-        if rng.random() < probability and (not part_of_house or "house" in said):
-            said.add(name)
-    if not said & {"sky", "ground"}:
-        said.add("ground" if rng.random() < 0.5 else "sky")
+        if part_of_house and "house" not in said:
+            continue
+        if rng.random() < (absent if value == "none" else present):
+            said[name] = value
+        elif name in ("house", "light", "tree") and value != "none" and rng.random() < NAMED:
+            said[name] = SOME
+    if not said.keys() & {"sky", "ground"}:
+        name = "ground" if rng.random() < 0.5 else "sky"
+        said[name] = names[name]
     return said
 
 
+def _pick(rng: np.random.Generator, phrases: Collection[str]) -> str:
+    """One of several ways to say the same."""
+    return str(rng.choice(list(phrases)))
+
+
 def _phrases(
-    names: Mapping[str, str], said: Collection[str], pick: Callable[[Collection[str]], str]
+    names: Mapping[str, str], said: Mapping[str, str], rng: np.random.Generator
 ) -> dict[str, str]:
     """What is to be said, as phrases that each stand alone: `{part of the caption: phrase}`.
 
     "when" and "sky" are two ways to say the same thing; a caption uses one of them.
     """
     parts: dict[str, str] = {}
-    sky, light, ground, tree = names["sky"], names["light"], names["ground"], names["tree"]
-    houseless = names["house"] == "none"
+    night, ground = names["sky"] == "night", names["ground"]
     if "sky" in said:
-        parts["when"], parts["sky"] = pick(_WHEN[sky]), pick(_SKY[sky])
+        parts["when"] = _pick(rng, _WHEN[said["sky"]])
+        parts["sky"] = _pick(rng, _SKY[said["sky"]])
     if "ground" in said:
-        parts["ground"] = pick(_GROUND[ground])
+        parts["ground"] = _pick(rng, _GROUND[ground])
+
     if any(name in said for name in ("house", "house_position", "house_size")):
-        if houseless:
-            parts["no house"] = pick(("no house", "no house", "no houses"))
+        if names["house"] == "none":
+            parts["no house"] = _pick(rng, ("no house", "no house", "no houses"))
         else:
-            words = [pick(_SIZE[names["house_size"]])] if "house_size" in said else []
-            words += [names["house"]] if "house" in said else []
+            words = [_pick(rng, _SIZE[said["house_size"]])] if "house_size" in said else []
+            words += [said["house"]] if said.get("house", SOME) != SOME else []
             parts["house"] = " ".join(["a", *words, "house"])
             if "house_position" in said:
-                parts["place"] = pick(_SIDE[names["house_position"]])
+                parts["place"] = _pick(rng, _SIDE[said["house_position"]])
+
     if "light" in said:
-        lamp = "moon" if sky == "night" else "sun"
-        if light == "none":
+        lamp, side = "moon" if night else "sun", said["light"]
+        article = _pick(rng, ("the", "the", "a"))
+        if side == "none":
             parts["light"] = f"no {lamp}"
         else:
-            article = pick(("the", "the", "a"))
-            parts["light"] = f"{article} {lamp} {pick(_SIDE[light])}"
+            parts["light"] = _aside(f"{article} {lamp}", side, rng)
     if "tree" in said:
-        kind = pick((_TREE[ground], "tree")) if "ground" in said and ground != "sea" else "tree"
-        absent = pick(("no tree", "no trees"))
-        parts["tree"] = absent if tree == "none" else f"a {kind} {pick(_SIDE[tree])}"
+        known = "ground" in said and ground != "sea"
+        kind, side = _pick(rng, (_TREE[ground], "tree")) if known else "tree", said["tree"]
+        if side == "none":
+            parts["tree"] = _pick(rng, ("no tree", "no trees"))
+        else:
+            parts["tree"] = _aside(f"a {kind}", side, rng)
     if "horizon" in said:
-        parts["horizon"] = pick(_HORIZON[names["horizon"]])
+        parts["horizon"] = _pick(rng, _HORIZON[said["horizon"]])
 
-    # Two absences may share a word.
-    if parts.get("light") == "no moon" and "sky" in said and pick("ynn") == "y":
+    # The hour and the moon, or two absences, may share a word.
+    if night and "sky" in said and said.get("light") == SOME and rng.random() < 0.6:
+        del parts["light"]
+        parts["when"], parts["sky"] = "under the moon", "a moonlit night"
+    if night and "sky" in said and said.get("light") == "none" and rng.random() < 0.3:
         del parts["light"]
         parts["when"], parts["sky"] = "on a moonless night", "a moonless night"
-    nothing = "no house" in parts and tree == "none" and "tree" in said
-    if nothing and "ground" in said and pick("yn") == "y":
+    nothing = "no house" in parts and said.get("tree") == "none"
+    if nothing and "ground" in said and rng.random() < 0.5:
         del parts["no house"], parts["tree"]
-        parts["ground"] = pick(_EMPTY[ground])
+        parts["ground"] = _pick(rng, _EMPTY[ground])
     return parts
+
+
+def _aside(thing: str, side: str, rng: np.random.Generator) -> str:
+    """A thing and its side, where that is stated: "a tree on the left"."""
+    return thing if side == SOME else f"{thing} {_pick(rng, _SIDE[side])}"
 
 
 def _sentence(parts: Mapping[str, str], rng: np.random.Generator) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.config import HORIZON
 from ldm.scenes import Scene
 from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
@@ -22,7 +23,7 @@ class AutoencoderSettings:
     optimisation: Optimisation = field(
         default_factory=lambda: Optimisation(steps=1500, batch_size=32, learning_rate=1e-3)
     )
-    image_size: int = 64
+    image_size: int = HORIZON.image_size
     kl_weight: float = 1e-6
     object_weight: float = 3.0
     """How much more a pixel of a house, tree, sun or moon counts: they are a small part of the

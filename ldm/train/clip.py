@@ -5,20 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.config import TextConfig
+from ldm.errors import UnreadableError
+from ldm.files import written_whole
 from ldm.layers import Downsample, ResBlock
 from ldm.text import CLIPTextEncoder
-from ldm.tokenizer import Tokenizer
 from ldm.train.data import draw_scenes, pictures, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 
 NORM_EPS = 1e-5
+PAIR_FILE = "clip.safetensors"  # beside the model: all of the pair but the text encoder
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class CLIPSettings:
         default_factory=lambda: Optimisation(steps=700, batch_size=128, learning_rate=1e-3)
     )
     image_size: int = 64
+    """The image tower looks at half the size that the model draws at: it sees all it needs."""
 
 
 class ImageTower(nn.Module):
@@ -59,11 +64,13 @@ class ImageTower(nn.Module):
 class CLIPPair(nn.Module):
     """Two towers that put a picture and its caption in the same place on the unit sphere."""
 
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer, image_size: int) -> None:
+    def __init__(self, text: CLIPTextEncoder, image_size: int) -> None:
         super().__init__()
-        self.text = CLIPTextEncoder(config, tokenizer)
-        self.text_project = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.image = ImageTower(config.hidden_size, image_size)
+        self.image_size = image_size
+        self.text = text
+        dim = text.config.hidden_size
+        self.text_project = nn.Linear(dim, dim, bias=False)
+        self.image = ImageTower(dim, image_size)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def embed_text(self, ids: Tensor) -> Tensor:
@@ -82,6 +89,36 @@ class CLIPPair(nn.Module):
         # CLIP clamps the scale at 100, for stability (section 2.5).
         scale = self.log_scale.exp().clamp(max=100.0)
         return scale * self.embed_images(x) @ self.embed_text(ids).T
+
+
+def save_pair(path: Path, pair: CLIPPair) -> None:
+    """Write what the pair adds to the text encoder (image tower, projection and scale) as one
+    safetensors file in half precision."""
+    tensors = {
+        name: value.detach().to("cpu", torch.float16).contiguous()
+        for name, value in sorted(pair.state_dict().items())
+        if not name.startswith("text.")
+    }
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"image_size": str(pair.image_size)})
+
+
+def load_pair(path: str | Path, text: CLIPTextEncoder) -> CLIPPair:
+    """The CLIP pair that `save_pair` wrote, around the text encoder that it was trained with.
+
+    Raises:
+        CheckpointError: it is no such file, or of another text encoder's width.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            image_size = int(file.metadata()["image_size"])
+        pair = CLIPPair(text, image_size).to(text.device)
+        of_text = {f"text.{name}": value for name, value in text.state_dict().items()}
+        pair.load_state_dict(load_file(path) | of_text)
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnreadableError(f"{path} is not a CLIP pair for this model: {reason}") from error
+    return pair.eval().requires_grad_(False)
 
 
 def captions_to_learn_from(seed: int, count: int = 20_000) -> list[str]:
@@ -103,7 +140,7 @@ def train_clip(state: TrainState, settings: CLIPSettings) -> Iterator[Record]:
         rng = rng_at(s.seed, state.step)
         scenes = draw_scenes(rng, s.batch_size)
         captions = [scene.caption(rng) for scene in scenes]
-        x = pictures(scenes, settings.image_size).to(state.device)
+        x = pictures(scenes, pair.image_size).to(state.device)
         ids = pair.text.tokenize(captions)
         same = equal_captions(captions).to(x)  # (B, B)
 

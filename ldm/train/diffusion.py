@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config import HORIZON
 from ldm.scenes import Scene
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
@@ -26,7 +27,7 @@ class DiffusionSettings:
     optimisation: Optimisation = field(
         default_factory=lambda: Optimisation(steps=4500, batch_size=64, learning_rate=6e-4)
     )
-    image_size: int = 64
+    image_size: int = HORIZON.image_size
     num_scenes: int = 30_000
     """How many scenes are drawn and encoded, once, before the first step."""
     caption_dropout: float = 0.1

@@ -28,7 +28,15 @@ from ldm.train.autoencoder import (
     measured_scaling_factor,
     train_autoencoder,
 )
-from ldm.train.clip import CLIPPair, CLIPSettings, captions_to_learn_from, train_clip
+from ldm.train.clip import (
+    PAIR_FILE,
+    CLIPPair,
+    CLIPSettings,
+    captions_to_learn_from,
+    load_pair,
+    save_pair,
+    train_clip,
+)
 from ldm.train.diffusion import DiffusionSettings, encode_set, train_diffusion
 from ldm.train.state import Optimisation, Record, StageError, TrainState, read_state
 from ldm.unet import UNet
@@ -69,7 +77,7 @@ def clip(
         else:
             captions = captions_to_learn_from(settings.optimisation.seed)
             tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
-        return CLIPPair(HORIZON.text, tokenizer, settings.image_size)
+        return CLIPPair(CLIPTextEncoder(HORIZON.text, tokenizer), settings.image_size)
 
     state = prepare(fresh, settings.optimisation, out, "clip", resume, device)
     cast(CLIPPair, state.model).text.require_tokenizer().save(out)
@@ -84,7 +92,7 @@ def diffusion(
     device: str = "cpu",
 ) -> None:
     """Stage 3: `diffusion.pt`, and the finished model: `model.safetensors` in half precision, with
-    `config.json` beside it."""
+    `config.json` beside it, and `clip.safetensors`, the rest of the CLIP pair."""
 
     def fresh() -> UNet:
         return UNet(HORIZON.unet)
@@ -92,8 +100,9 @@ def diffusion(
     vae = AutoencoderKL(HORIZON.vae)
     vae.load_state_dict(averaged(out, "autoencoder"))
     text = CLIPTextEncoder(HORIZON.text, Tokenizer.from_folder(out))
-    text.load_state_dict(part(averaged(out, "clip"), "text."))
-    for frozen in (vae, text):
+    pair = CLIPPair(text, CLIPSettings().image_size)
+    pair.load_state_dict(averaged(out, "clip"))
+    for frozen in (vae, pair):
         frozen.to(device).eval().requires_grad_(False)
     state = prepare(fresh, settings.optimisation, out, "diffusion", resume, device)
 
@@ -110,6 +119,7 @@ def diffusion(
         out / "model.safetensors", unet=unet, vae=vae, text=text, config=config, dtype=torch.float16
     )
     write_text(out / "config.json", config_to_json(config, indent=2) + "\n")
+    save_pair(out / PAIR_FILE, pair)
 
 
 STAGES: dict[str, tuple[Callable[..., None], Callable[[], Any]]] = {
@@ -143,7 +153,8 @@ def report(out: Path) -> str:
     import ldm
     from ldm.train.evaluate import evaluate
 
-    text = evaluate(ldm.load(out, dtype=torch.float32)).as_markdown()
+    pipe = ldm.load(out, dtype=torch.float32)
+    text = evaluate(pipe, load_pair(out / PAIR_FILE, pipe.text)).as_markdown()
     write_text(out / "evaluation.md", text + "\n")
     return text
 
@@ -210,8 +221,3 @@ def averaged(out: Path, name: str) -> dict[str, Tensor]:
         raise StageError(f"{path} is not finished: run `ldm train {name} --out {out} --resume`")
     weights: dict[str, Tensor] = state["ema"]
     return weights
-
-
-def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights of one submodule, under its own names."""
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
