@@ -4,43 +4,79 @@ Text is cleaned (NFC, runs of white space to one space, lower case), split into 
 word's bytes are merged pair by pair, the most frequent pairs of the training text first (Sennrich
 et al. 2016, arXiv:1508.07909). The merging is done by the `tokenizers` library; the rules stand
 here, so that token ids are the same whichever transformers is installed.
+
+A vocabulary is read from any of the forms that CLIP's is published in, and `find` looks for it
+where weights have theirs: beside them, then in the Hub's cache.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ldm.files import write_text
 
 if TYPE_CHECKING:
     import tokenizers
 
+Vocab: TypeAlias = dict[str, int]  # token -> id
+Merges: TypeAlias = list[tuple[str, str]]  # best pair first
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 # English contractions, runs of letters, single digits, runs of anything else (Radford et al. 2021,
-# arXiv:2103.00020, section 2.4, and the code released with it).
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# arXiv:2103.00020, section 2.4, and the code released with it). What becomes a special token's name
+# by lower-casing alone ("<|EndOfText|>") is set apart, and then split like any other text.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>"
+    r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+# CLIP's vocabulary: 256 bytes, 256 bytes that end a word, the merged pairs, start and end.
+CLIP_MERGES = 48894
+CLIP_VOCAB_SIZE = 256 + 256 + CLIP_MERGES + 2
+
+# The largest form of CLIP's vocabulary has 4 MB. More is something else, and is not read.
+MAX_BYTES = 8 * 2**20
+
+# Where CLIP's vocabulary is on the Hub; and whose files in the Hub's cache may hold it, in which of
+# their folders.
+CLIP_REPO = "openai/clip-vit-large-patch14"
+CACHED = (
+    (CLIP_REPO, ""),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
+    ("runwayml/stable-diffusion-v1-5", "tokenizer/"),
+    ("CompVis/stable-diffusion-v1-4", "tokenizer/"),
+)
 
 
 class Tokenizer:
     """Prompt -> token ids, with a start and an end token, padded to a fixed length."""
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, vocab: Vocab, merges: Sequence[tuple[str, str]]) -> None:
         """`vocab`: token -> id, `</w>` marking the end of a word; `merges`: best pair first.
 
         Raises:
-            ValueError: the vocabulary lacks CLIP's start or end token.
+            ValueError: the vocabulary is not laid out as CLIP's: it lacks the start or the end
+                token, or a byte, or its ids do not count from 0.
         """
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
 
-        if missing := {BOS, EOS} - vocab.keys():
+        needed = [BOS, EOS, *base_tokens()]
+        if missing := [token for token in needed if token not in vocab]:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ValueError(
-                f"this is not a CLIP vocabulary: it lacks {', '.join(sorted(missing))}"
+                f"this is not a CLIP vocabulary: it lacks {', '.join(missing[:4])}{more}"
+            )
+        if set(vocab.values()) != set(range(len(vocab))):
+            raise ValueError(
+                f"this is not a CLIP vocabulary: the ids of its {len(vocab)} tokens are not "
+                f"0 to {len(vocab) - 1}, each once"
             )
         self.vocab = vocab
         self.merges = list(merges)
@@ -62,26 +98,28 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, as CLIP's tokenizer is published.
+        """Read a vocabulary in any form that CLIP's is published in: `vocab.json` with
+        `merges.txt`, `tokenizer.json` (of which only the vocabulary and the merges count: the
+        rules are ours), or OpenAI's `bpe_simple_vocab_16e6.txt.gz`. The first that is there is it.
 
         Raises:
-            FileNotFoundError: one of the two files is not there.
-            ValueError: they cannot be read, or are not CLIP's.
+            FileNotFoundError: none of them is there.
+            ValueError: it cannot be read, or is not CLIP's.
         """
         folder = Path(folder)
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"no tokenizer in {folder}: {name} is not there")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        if lines and lines[0].startswith("#version"):
-            lines = lines[1:]
+        files = files_in(folder)
+        if files is None:
+            raise FileNotFoundError(f"no tokenizer in {folder}: it has neither {HOW_IT_COMES}")
         try:
-            vocab = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-            merges = [(first, second) for first, second in map(str.split, filter(str.strip, lines))]
+            vocab, merges = FORMS[files](*(read_bounded(folder / name) for name in files))
+            if len(vocab) == CLIP_VOCAB_SIZE and len(merges) != CLIP_MERGES:
+                # A file that was cut off would give other ids, and no error.
+                raise ValueError(f"it has {len(merges)} merges, CLIP's has {CLIP_MERGES}")
             return cls(vocab, merges)
-        except Exception as error:  # whatever json or the backend say of a broken file
+        except Exception as error:  # whatever gzip, json or the backend say of a broken file
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"no readable CLIP tokenizer in {folder}: {reason}") from error
+            message = f"no readable CLIP tokenizer in {folder / files[0]}: {reason}"
+            raise ValueError(message) from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -89,26 +127,21 @@ class Tokenizer:
         the start and end tokens as the two last ids, as in CLIP's own vocabulary."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
-        from tokenizers.pre_tokenizers import ByteLevel
         from tokenizers.trainers import BpeTrainer
 
         backend = Backend(BPE(end_of_word_suffix="</w>"))
         _set_rules(backend)
-        letters = sorted(ByteLevel.alphabet())
-        base = letters + [letter + "</w>" for letter in letters]
+        base = base_tokens()
         trainer = BpeTrainer(
             vocab_size=vocab_size,
-            initial_alphabet=letters,
+            initial_alphabet=base[:256],
             end_of_word_suffix="</w>",
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        learnt = json.loads(backend.to_str())["model"]["merges"]
-        # tokenizers before 0.20 writes a pair as one string.
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in learnt]
+        _, merges = parse_tokenizer_json(backend.to_str())
         merges = merges[: vocab_size - len(base) - 2]
-        words = base + [a + b for a, b in merges] + [BOS, EOS]
-        return cls({token: i for i, token in enumerate(words)}, merges)
+        return cls(vocab_of(merges), merges)
 
     def save(self, folder: str | Path) -> None:
         """Write `vocab.json` and `merges.txt` into a folder that exists."""
@@ -129,7 +162,13 @@ class Tokenizer:
         return len(self.vocab)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text alone: no start, no end, no padding, no limit."""
+        """The ids of a text alone: no start, no end, no padding, no limit.
+
+        Raises:
+            ValueError: it is no text, or holds half a surrogate pair.
+        """
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"this is not a text that can be encoded: {text!r}")
         return list(self._backend.encode(text).ids)
 
     def pad(self, ids: Sequence[int], max_length: int) -> list[int]:
@@ -162,6 +201,149 @@ def _set_rules(backend: tokenizers.Tokenizer) -> None:
     backend.pre_tokenizer = PreTokenizers(
         [
             Split(Regex(WORDS), behavior="removed", invert=True),
-            ByteLevel(add_prefix_space=False, use_regex=False),
+            ByteLevel(add_prefix_space=False),
         ]
     )
+
+
+# --- The forms that a vocabulary comes in ----------------------------------------------------
+
+
+def parse_vocab_and_merges(vocab: str, merges: str) -> tuple[Vocab, Merges]:
+    """`vocab.json` is an object, token -> id; `merges.txt` has a comment, then a pair per line."""
+    ids = json.loads(vocab)
+    if not isinstance(ids, dict):
+        raise ValueError("it is not an object of tokens and ids")
+    lines = merges.splitlines()
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    return ids, parse_pairs(line for line in lines if line.strip())
+
+
+def parse_tokenizer_json(text: str) -> tuple[Vocab, Merges]:
+    """The file of the `tokenizers` library. Before version 0.20 it wrote a pair as one string."""
+    match json.loads(text):
+        case {"model": {"vocab": dict(vocab), "merges": list(merges)}}:
+            return vocab, parse_pairs(merges)
+        case {"model": {"type": kind}}:
+            raise ValueError(f"it is a tokenizer of type {kind}, not BPE")
+    raise ValueError("it is not a file of the tokenizers library")
+
+
+def parse_openai_merges(text: str) -> tuple[Vocab, Merges]:
+    """OpenAI's file has a comment, then a pair per line: more of them than CLIP uses."""
+    merges = parse_pairs(text.splitlines()[1 : CLIP_MERGES + 1])
+    vocab = vocab_of(merges)
+    if len(vocab) != CLIP_VOCAB_SIZE:
+        raise ValueError(f"its merges make {len(vocab)} tokens, CLIP has {CLIP_VOCAB_SIZE}")
+    return vocab, merges
+
+
+FORMS: dict[tuple[str, ...], Callable[..., tuple[Vocab, Merges]]] = {
+    ("vocab.json", "merges.txt"): parse_vocab_and_merges,
+    ("tokenizer.json",): parse_tokenizer_json,
+    ("bpe_simple_vocab_16e6.txt.gz",): parse_openai_merges,
+}
+HOW_IT_COMES = ", nor ".join(" with ".join(files) for files in FORMS)
+
+
+def files_in(folder: Path) -> tuple[str, ...] | None:
+    """The files of the first form that is whole in a folder; None where none is."""
+    whole = (files for files in FORMS if all((folder / name).is_file() for name in files))
+    return next(whole, None)
+
+
+def read_bounded(path: Path) -> str:
+    """The text of a file, unpacked if it is packed, or a ValueError where there is too much."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+    return data.decode("utf-8")
+
+
+def parse_pairs(pairs: Iterable[str | Sequence[str]]) -> Merges:
+    """Pairs, written as two tokens or as one string with a space between them."""
+    merges = []
+    for pair in pairs:
+        match pair.split() if isinstance(pair, str) else pair:
+            case [str(first), str(second)]:
+                merges.append((first, second))
+            case _:
+                raise ValueError(f"{str(pair)[:40]!r} is not a pair of tokens")
+    return merges
+
+
+def vocab_of(merges: Iterable[tuple[str, str]]) -> Vocab:
+    """CLIP's layout: bytes, bytes that end a word, merged pairs, start and end."""
+    tokens = [*base_tokens(), *(first + second for first, second in merges), BOS, EOS]
+    # Two pairs can make one token, when it is learnt from few texts: it has one id.
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def base_tokens() -> list[str]:
+    """A letter for each of the 256 bytes, then the same with the mark of a word's end.
+
+    Bytes that print stand for themselves, the others for code points from 256 on; so OpenAI's
+    order (first those that print, then the others) is that of the code points.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    return letters + [letter + "</w>" for letter in letters]
+
+
+# --- Where a vocabulary is -------------------------------------------------------------------
+
+
+def find(weights: str | Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of some weights, without asking the network; None where there is none.
+
+    Looked for beside the weights (see `beside`), then, for CLIP's own vocabulary, in the Hub's
+    cache: another model's is nowhere but with its weights.
+
+    Args:
+        weights: a file of weights, or a folder of them.
+        vocab_size: of the text encoder.
+
+    Raises:
+        ValueError: what was found cannot be read, or has another size.
+    """
+    folder = beside(weights)
+    if folder is None and vocab_size == CLIP_VOCAB_SIZE:
+        folder = in_hub_cache()
+    if folder is None:
+        return None
+    tokenizer = Tokenizer.from_folder(folder)
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} is not that of {weights}: it has {len(tokenizer)} tokens, "
+            f"the text encoder {vocab_size}"
+        )
+    return tokenizer
+
+
+def beside(weights: str | Path) -> Path | None:
+    """The folder of the tokenizer that lies with some weights, or None.
+
+    First `tokenizer`, then the weights' own folder. The text encoder of a diffusers folder has its
+    tokenizer in a folder beside its own.
+    """
+    weights = Path(weights)
+    folder = weights if weights.is_dir() else weights.parent
+    places = [folder / "tokenizer", folder]
+    if folder.name == "text_encoder":
+        places.append(folder.parent / "tokenizer")
+    return next((place for place in places if files_in(place)), None)
+
+
+def in_hub_cache() -> Path | None:
+    """The folder of CLIP's vocabulary in the cache of Hugging Face's Hub, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for repo, inside in CACHED:
+        for name in ("vocab.json", "tokenizer.json"):
+            path = try_to_load_from_cache(repo, inside + name)
+            if isinstance(path, str) and files_in(Path(path).parent):
+                return Path(path).parent
+    return None
