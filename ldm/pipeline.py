@@ -10,29 +10,29 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import find_tokenizer, save_checkpoint
+from ldm.checkpoint import Origin, Plan, fill, joint_config, origin, save_checkpoint
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype
 from ldm.files import check_writable
+from ldm.presets import MAX_SEED, OURS, PRESETS, check_preset
 from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, pairs
 from ldm.text import CLIPTextEncoder
-from ldm.tokenizer import Tokenizer
+from ldm.tokenizer import Tokenizer, beside
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SAMPLERS = ("ddim", "ddpm")
-MAX_SEED = 2**63 - 1
+SAMPLERS = OURS.samplers
 
 
 class TextToImage:
@@ -41,6 +41,7 @@ class TextToImage:
     Attributes:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
+        origin: which files the weights came from, or None where they came from none.
     """
 
     def __init__(
@@ -50,12 +51,28 @@ class TextToImage:
         text: CLIPTextEncoder,
         schedule: NoiseSchedule,
         config: ModelConfig,
+        origin: Origin | None = None,
     ) -> None:
         self.unet = unet
         self.vae = vae
         self.text = text
         self.schedule = schedule
         self.config = config
+        self.origin = origin
+
+    @classmethod
+    def from_plans(
+        cls, plans: Mapping[str, Plan], *, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        """Read the weights that a plan per stage has found (`ldm.checkpoint.plan_stages`).
+
+        Raises:
+            CheckpointError: the stages do not belong together, or a number is not finite.
+        """
+        config = joint_config({stage: plan.weights for stage, plan in plans.items()})
+        parts: dict[str, Any] = {s: fill(plan, device, dtype) for s, plan in plans.items()}
+        schedule = NoiseSchedule(config.schedule)
+        return cls(**parts, schedule=schedule, config=config, origin=origin(plans))
 
     @property
     def device(self) -> torch.device:
@@ -90,11 +107,10 @@ class TextToImage:
         """
         path, tokenizer = Path(path), self.text.require_tokenizer()
         check_writable(path)
-        folder = find_tokenizer(path)
-        if folder is not None and Tokenizer.from_folder(folder) != tokenizer:
-            raise ValueError(f"{folder} holds another model's tokenizer: save into another folder")
+        check_beside(path, tokenizer)
         save_checkpoint(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
-        tokenizer.save(path.parent)
+        if beside(path) is None:
+            tokenizer.save(path.parent)
 
     def __call__(
         self,
@@ -109,6 +125,7 @@ class TextToImage:
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
+        like: str | None = None,
     ) -> list[Image]:
         """Draw pictures of a prompt, or `num_images` of each of several. See `denoise`.
 
@@ -126,6 +143,7 @@ class TextToImage:
             num_images=num_images,
             height=height,
             width=width,
+            like=like,
         )
         for step in run:
             latents = step.x_prev
@@ -144,6 +162,7 @@ class TextToImage:
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
+        like: str | None = None,
     ) -> Steps:
         """The same run as `pipe(...)`, one `Step` at a time: `pipe.decode(step.x0)` shows it.
 
@@ -154,9 +173,13 @@ class TextToImage:
             negative_prompt: what to move away from; empty is the plain unconditional model.
             sampler: "ddim" or "ddpm".
             eta: for ddim, from 0 (the seed alone decides) to 1 (noise at every step).
-            seed: image i draws its noise from a generator of its own, seeded `seed + i`.
+            seed: image i draws its noise from a generator of its own, seeded `seed + i`; but see
+                `like`.
             num_images: pictures per prompt.
             height, width: in pixels, multiples of the VAE's factor; by default as trained.
+            like: whose picture of the seed to draw: None is ours; "compvis" and "diffusers" visit
+                the timesteps of those code bases, and draw the noise of a batch as they do (see
+                `ldm.presets`).
 
         Raises:
             ValueError: at the call, before any work, for any argument out of its range.
@@ -173,10 +196,14 @@ class TextToImage:
             num_images=len(prompts),
             height=height,
             width=width,
+            like=like,
         )
+        preset = PRESETS[like]
+        timesteps = preset.timesteps(steps, self.config.schedule.num_train_timesteps)
+        generators = preset.generators(seed, len(prompts))
         shape = latent_shape(self.config, height, width)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        noise = torch.empty(len(prompts), *shape, device=self.device)  # (B, C, h, w), float32
+        dtype = self.dtype if preset.half_latents else torch.float32
+        noise = torch.empty(len(prompts), *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
         x = draw_noise(generators, noise)
         context = self.context(prompts)  # (B, L, D)
         uncond_context = self.context([negative_prompt]).expand_as(context)
@@ -188,9 +215,9 @@ class TextToImage:
         )
 
         if sampler == "ddim":
-            grid = self.schedule.ddim_timesteps(steps)
+            grid = pairs(timesteps, end=0)
             return ddim(eps_fn, x, grid, self.schedule, eta=eta, generators=generators)
-        grid = self.schedule.ddpm_timesteps(steps)
+        grid = pairs(timesteps, end=-1)
         return ddpm(eps_fn, x, grid, self.schedule, generators=generators)
 
     @torch.no_grad()
@@ -262,6 +289,7 @@ def check_settings(
     num_images: int,
     height: int | None,
     width: int | None,
+    like: str | None = None,
 ) -> None:
     """A ValueError in one line for the first setting that is out of its range; `num_images` is the
     number of pictures in all."""
@@ -286,6 +314,14 @@ def check_settings(
     if not 0 <= seed <= MAX_SEED - num_images + 1:
         raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {seed}")
     latent_shape(config, height, width)
+    check_preset(
+        like,
+        sampler=sampler,
+        steps=steps,
+        total=total,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
 
 
 def check_prompts(prompt: str | Sequence[str], num_images: int) -> list[str]:
@@ -299,6 +335,14 @@ def check_prompts(prompt: str | Sequence[str], num_images: int) -> list[str]:
     if num_images < 1:
         raise ValueError(f"num_images must be 1 or more, not {num_images}")
     return [one for one in prompts for _ in range(num_images)]
+
+
+def check_beside(path: Path, tokenizer: Tokenizer) -> None:
+    """A ValueError in one line if another model's tokenizer lies where a file of weights is to be
+    written: this model would be loaded with it."""
+    folder = beside(path)
+    if folder is not None and Tokenizer.from_folder(folder) != tokenizer:
+        raise ValueError(f"{folder} holds another model's tokenizer: save into another folder")
 
 
 def check_whole(name: str, value: int) -> None:

@@ -59,6 +59,9 @@ class Step:
 
 Steps = Generator[Step, Tensor | None, None]
 
+Generators = torch.Generator | Sequence[torch.Generator]
+"""Where noise comes from: a generator per image, or a single one that draws for the whole batch."""
+
 
 def guide(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -111,7 +114,7 @@ def ddim(
     schedule: NoiseSchedule,
     *,
     eta: float = 0.0,
-    generators: Sequence[torch.Generator] | None = None,
+    generators: Generators | None = None,
 ) -> Steps:
     """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12).
 
@@ -121,7 +124,7 @@ def ddim(
         timesteps: pairs (t, t_prev), e.g. `schedule.ddim_timesteps(50)`.
         schedule: gives alpha_bar.
         eta: 0 is deterministic, 1 adds as much noise per step as DDPM does.
-        generators: one CPU generator per image, for the noise of eta > 0.
+        generators: for the noise of eta > 0, see `draw_noise`.
 
     Raises:
         ValueError: at the call, for an eta outside [0, 1] or noise without its generators.
@@ -159,7 +162,7 @@ def ddpm(
     timesteps: Sequence[tuple[int, int]],
     schedule: NoiseSchedule,
     *,
-    generators: Sequence[torch.Generator] | None = None,
+    generators: Generators | None = None,
 ) -> Steps:
     """DDPM's ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2).
 
@@ -171,7 +174,7 @@ def ddpm(
         x: starting noise, (B, C, H, W); never changed.
         timesteps: pairs (t, t_prev), e.g. `schedule.ddpm_timesteps(1000)`.
         schedule: gives alpha_bar.
-        generators: one CPU generator per image, for the noise of every step but the last.
+        generators: for the noise of every step but the last, see `draw_noise`.
 
     Raises:
         ValueError: at the call, when the generators are missing or not one per image.
@@ -206,22 +209,30 @@ def unpack(prediction: Tensor | Prediction) -> tuple[Tensor, Tensor | None, Tens
     return prediction if isinstance(prediction, Prediction) else (prediction, None, None)
 
 
-def draw_noise(generators: Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
-    """Standard normal noise of the shape of `like` (B, ...), each image's from its own generator.
+def draw_noise(generators: Generators | None, like: Tensor) -> Tensor:
+    """Standard normal noise of the shape, device and dtype of `like`, (B, ...).
 
-    It is drawn on the CPU, so that a seed means the same noise on every device and an image does
-    not depend on its neighbours in the batch.
+    Args:
+        generators: one CPU generator per image, so that a seed means the same noise on every device
+            and an image does not depend on its neighbours in the batch. Or a single generator, on
+            any device: it draws the whole batch at once, in `like`'s dtype.
+        like: what the noise is for; not read.
     """
     assert generators is not None  # the samplers checked
-    noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
-    if like.device.type == "cuda":  # from pinned memory the program need not wait for the copy
+    if isinstance(generators, torch.Generator):
+        device = generators.device
+        noise = torch.randn(like.shape, generator=generators, device=device, dtype=like.dtype)
+    else:
+        noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
+    if noise.device.type == "cpu" and like.device.type == "cuda":
+        # From pinned memory the program need not wait for the copy.
         return noise.pin_memory().to(like.device, like.dtype, non_blocking=True)
     return noise.to(like.device, like.dtype)
 
 
-def check_generators(generators: Sequence[torch.Generator] | None, x: Tensor) -> None:
-    """One generator per image, or a ValueError that says so."""
+def check_generators(generators: Generators | None, x: Tensor) -> None:
+    """One generator per image or a single one for all, or a ValueError that says so."""
     if generators is None:
         raise ValueError("this sampler draws noise: pass generators=[...], one per image")
-    if len(generators) != x.shape[0]:
+    if not isinstance(generators, torch.Generator) and len(generators) != x.shape[0]:
         raise ValueError(f"{x.shape[0]} images need as many generators, not {len(generators)}")

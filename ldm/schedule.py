@@ -80,17 +80,8 @@ class NoiseSchedule:
         return noised(x0, noise, alpha_bar.view(-1, *[1] * (x0.ndim - 1))).to(x0.dtype)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` evenly spaced timesteps, noisiest first: k * (T // steps) + 1, k from steps - 1
-        down to 0. All T steps would end outside the table: there it is T - 1 down to 0.
-
-        Raises:
-            ValueError: `steps` is not within 1 and T.
-        """
-        total = self.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise ValueError(f"steps must be between 1 and {total}, not {steps}")
-        offset = 0 if steps == total else 1
-        return [k * (total // steps) + offset for k in reversed(range(steps))]
+        """The grid of `even_timesteps` in this schedule."""
+        return even_timesteps(steps, self.config.num_train_timesteps)
 
     def ddim_timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The pairs (t, t_prev) that DDIM walks; the last one ends at timestep 0, as SD v1 does,
@@ -107,6 +98,19 @@ def exact_tables(config: ScheduleConfig) -> tuple[Tensor, Tensor]:
     start, end = config.beta_start**0.5, config.beta_end**0.5
     betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float64) ** 2
     return betas, torch.cumprod(1.0 - betas, dim=0)
+
+
+def even_timesteps(steps: int, total: int) -> list[int]:
+    """`steps` evenly spaced timesteps, noisiest first: k * (total // steps) + 1, k from steps - 1
+    down to 0. All of them would end outside the table: there it is total - 1 down to 0.
+
+    Raises:
+        ValueError: `steps` is not within 1 and `total`.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+    offset = 0 if steps == total else 1
+    return [k * (total // steps) + offset for k in reversed(range(steps))]
 
 
 def pairs(timesteps: list[int], end: int) -> list[tuple[int, int]]:

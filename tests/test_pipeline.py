@@ -151,6 +151,7 @@ BAD = {
     "num_images": [0, 1.5],
     "prompt": ["", "   ", [], ["a", ""], None, [1]],
     "negative_prompt": [None, ["blurred"]],
+    "like": ["novelai", "", ["diffusers"], 1],
 }
 
 
