@@ -16,23 +16,24 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import (
-    CheckpointError,
-    KeysError,
-    UnreadableError,
-    find_file,
-    find_tokenizer,
-    load_config,
-    load_stages,
+    Ema,
     load_text_encoder,
     load_unet,
     load_vae,
+    open_model,
+    plan_stages,
 )
 from ldm.config import HORIZON, SD_V1, ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.download import require_tokenizer
+from ldm.errors import CheckpointError
+from ldm.inspection import Inspection, inspect
+from ldm.observe import edit, record
 from ldm.pipeline import TextToImage
 from ldm.samplers import Step
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
+from ldm.tracing import Trace, trace
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -47,18 +48,22 @@ __all__ = [
     "AutoencoderKL",
     "CLIPTextEncoder",
     "CheckpointError",
-    "KeysError",
+    "Inspection",
     "ModelConfig",
     "NoiseSchedule",
     "Step",
     "TextToImage",
+    "Trace",
     "UNet",
-    "UnreadableError",
+    "edit",
+    "inspect",
     "load",
     "load_text_encoder",
     "load_unet",
     "load_vae",
+    "record",
     "shipped_weights",
+    "trace",
 ]
 
 
@@ -68,31 +73,36 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    ema: Ema = "auto",
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+    check: bool = True,
 ) -> TextToImage:
     """A whole model, ready to draw.
 
     Args:
-        path: a safetensors file in the official SD v1 layout, or a folder with
-            `model.safetensors`; None is Horizon, our own small model.
+        path: a file in the official Stable Diffusion v1 layout (safetensors, or torch's pickles:
+            nothing in them is executed), a diffusers folder, or a folder that holds one file of
+            weights; None is Horizon, our own small model.
         device: "cuda", "mps" or "cpu"; None picks the fastest there is.
         dtype: None is float16 on a GPU, float32 on a CPU.
-        config: for a file whose metadata has none and that is not Stable Diffusion v1.
+        config: for weights that bring none and are not Stable Diffusion v1.
+        ema: True takes the running mean of the UNet's weights, False the weights themselves,
+            "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
+        vae, text: other files or folders, from which these stages come.
+        check: look at every number of the weights now (`ldm.checkpoint.load_stages`).
 
     Raises:
-        FileNotFoundError: nothing is at `path`, or no tokenizer is beside it.
-        CheckpointError: the file cannot be read, or does not fit; one line says why.
-        ValueError: the device is not there, or the dtype is not a floating-point type.
+        FileNotFoundError: nothing is at `path`; or no tokenizer is beside the text encoder, in the
+            Hub's cache or to be fetched, and one line says how to get it.
+        CheckpointError: the file cannot be read, or does not fit; see `ldm.errors`.
+        ValueError: an argument is out of its range, or the tokenizer found is another model's.
     """
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
-    path = find_file(shipped_weights() if path is None else path)
-    if find_tokenizer(path) is None:
-        raise FileNotFoundError(
-            f"no tokenizer for {path}: put CLIP's vocab.json and merges.txt into {path.parent}"
-        )
-    config = config or load_config(path)
-    unet, vae, text = load_stages(path, device=device, dtype=dtype, config=config)
-    return TextToImage(unet, vae, text, NoiseSchedule(config.schedule), config)  # type: ignore[arg-type]
+    sources = open_model(shipped_weights() if path is None else path, config, vae=vae, text=text)
+    plans = plan_stages(sources, ema, require_tokenizer)
+    return TextToImage.from_plans(plans, device=device, dtype=dtype, check=check)
 
 
 def shipped_weights() -> Path:

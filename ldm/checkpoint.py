@@ -1,214 +1,65 @@
-"""Weights on disk: one safetensors file in the official Stable Diffusion v1 layout.
+"""Weights on disk: any file of Stable Diffusion v1 that a user has, read safely, exactly and lean.
 
-Our modules have names that teach (`down.1.blocks.0.res.conv1`); the official file has its own
-(`input_blocks.4.0.in_layers.2`). The two differ by names alone: nothing is fused, split or
-reshaped. The tables below, unrolled along the config, rename one into the other and back, for
-Stable Diffusion v1 and for Horizon alike. Loading is strict: every key is used, or the error says
-which one was not.
+    a file ── archive.py: which tensors, and where ── recognise.py: by which official names ──
+    keys.py: by our names ── each goes into a model that had no memory until then
+
+Loading is strict: every key is used, or known not to matter, or the error says which one it was.
+Nothing in a file is ever executed, and what is not asked for is not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.config import (
-    SD_V1,
-    ModelConfig,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldm.archive import Archive, Entry, open_archive
+from ldm.config import SD_V1, ModelConfig
 from ldm.device import check_device, check_dtype
+from ldm.diffusers_layout import FOLDERS, is_diffusers_folder, read_folder
+from ldm.errors import (
+    ConfigError,
+    DtypeError,
+    FamilyError,
+    HalfOverflowError,
+    KeysError,
+    MissingPartsError,
+    NonFiniteError,
+    ShapeError,
+    UnreadableError,
+    some,
+)
 from ldm.files import written_whole
-from ldm.schedule import exact_tables
+from ldm.keys import POSITION_IDS, PREFIXES, computed_entries, key_map, schedule_entries
+from ldm.recognise import (
+    ema_name,
+    ignored_in,
+    is_ignored,
+    is_sd_v1,
+    official_name,
+    other_family,
+    stages_in,
+)
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
+from ldm.tokenizer import find as find_tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text": "cond_stage_model.transformer.text_model.",
-}
-POSITION_IDS = PREFIXES["text"] + "embeddings.position_ids"
+Ema: TypeAlias = Literal["auto"] | bool
+FindTokenizer: TypeAlias = Callable[[Path, int], Tokenizer | None]
+STAGES = ("unet", "vae", "text")
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be loaded. Each message is one line that says what is wrong."""
-
-
-class UnreadableError(CheckpointError):
-    """Not a safetensors file, or not a whole one."""
-
-
-class KeysError(CheckpointError):
-    """Keys are missing, unexpected, or of the wrong shape."""
-
-
-# --- The key map -----------------------------------------------------------------------------
-
-RES_BLOCK = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "skip": "skip_connection",
-}
-TRANSFORMER = {
-    "norm_in": "norm",
-    "proj_in": "proj_in",
-    "norm1": "transformer_blocks.0.norm1",
-    "self_attention.to_q": "transformer_blocks.0.attn1.to_q",
-    "self_attention.to_k": "transformer_blocks.0.attn1.to_k",
-    "self_attention.to_v": "transformer_blocks.0.attn1.to_v",
-    "self_attention.to_out": "transformer_blocks.0.attn1.to_out.0",
-    "norm2": "transformer_blocks.0.norm2",
-    "cross_attention.to_q": "transformer_blocks.0.attn2.to_q",
-    "cross_attention.to_k": "transformer_blocks.0.attn2.to_k",
-    "cross_attention.to_v": "transformer_blocks.0.attn2.to_v",
-    "cross_attention.to_out": "transformer_blocks.0.attn2.to_out.0",
-    "norm3": "transformer_blocks.0.norm3",
-    "feed_forward.proj_in": "transformer_blocks.0.ff.net.0.proj",
-    "feed_forward.proj_out": "transformer_blocks.0.ff.net.2",
-    "proj_out": "proj_out",
-}
-VAE_RES_BLOCK = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "skip": "nin_shortcut",
-}
-VAE_MIDDLE = (
-    {f"res1.{ours}": f"block_1.{theirs}" for ours, theirs in VAE_RES_BLOCK.items()}
-    | {"attention.norm": "attn_1.norm", "attention.to_q": "attn_1.q", "attention.to_k": "attn_1.k"}
-    | {"attention.to_v": "attn_1.v", "attention.to_out": "attn_1.proj_out"}
-    | {f"res2.{ours}": f"block_2.{theirs}" for ours, theirs in VAE_RES_BLOCK.items()}
-)
-
-
-def under(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """A table of names, moved under a prefix on either side."""
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in table.items()}
-
-
-def unet_names(config: UNetConfig) -> dict[str, str]:
-    """Our layer -> the official layer, for every layer that a UNet of this config can have.
-
-    The official layout counts all blocks in one row, down- and upsampling included.
-    """
-    num_levels = len(config.channel_mult)
-    names = {
-        "time_embedding.linear1": "time_embed.0",
-        "time_embedding.linear2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-    }
-    n = 1
-    for level in range(num_levels):
-        for block in range(config.num_res_blocks):
-            ours, theirs = f"down.{level}.blocks.{block}", f"input_blocks.{n}"
-            names |= under(f"{ours}.res", f"{theirs}.0", RES_BLOCK)
-            names |= under(f"{ours}.transformer", f"{theirs}.1", TRANSFORMER)
-            n += 1
-        if level < num_levels - 1:
-            names[f"down.{level}.downsample.conv"] = f"input_blocks.{n}.0.op"
-            n += 1
-
-    names |= under("mid.res1", "middle_block.0", RES_BLOCK)
-    names |= under("mid.transformer", "middle_block.1", TRANSFORMER)
-    names |= under("mid.res2", "middle_block.2", RES_BLOCK)
-
-    n = 0
-    for level in reversed(range(num_levels)):
-        for block in range(config.num_res_blocks + 1):
-            ours, theirs = f"up.{level}.blocks.{block}", f"output_blocks.{n}"
-            names |= under(f"{ours}.res", f"{theirs}.0", RES_BLOCK)
-            names |= under(f"{ours}.transformer", f"{theirs}.1", TRANSFORMER)
-            n += 1
-        # The upsampling stands in the last block of its level, after the transformer if any.
-        place = 2 if level in config.attention_levels else 1
-        names[f"up.{level}.upsample.conv"] = f"output_blocks.{n - 1}.{place}.conv"
-
-    return names | {"norm_out": "out.0", "conv_out": "out.2"}
-
-
-def vae_names(config: VAEConfig) -> dict[str, str]:
-    """Our layer -> the official layer, for every layer that an autoencoder can have."""
-    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for side, ups, extra in (("encoder", "down", 0), ("decoder", "up", 1)):
-        names |= {
-            f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "norm_out", "conv_out")
-        }
-        names |= under(f"{side}.mid", f"{side}.mid", VAE_MIDDLE)
-        for level in range(len(config.channel_mult)):
-            for block in range(config.num_res_blocks + extra):
-                names |= under(
-                    f"{side}.{ups}.{level}.blocks.{block}",
-                    f"{side}.{ups}.{level}.block.{block}",
-                    VAE_RES_BLOCK,
-                )
-            resample = f"{side}.{ups}.{level}.{ups}sample.conv"
-            names[resample] = resample
-    return names
-
-
-def key_map(model: nn.Module) -> dict[str, str]:
-    """Our parameter key -> the official key, for one stage: a bijection.
-
-    Args:
-        model: a UNet, an AutoencoderKL or a CLIPTextEncoder, on any device (meta is enough).
-    """
-    if isinstance(model, CLIPTextEncoder):  # the official file holds transformers' own names
-        return {k: PREFIXES["text"] + k.removeprefix("transformer.") for k in model.state_dict()}
-    if isinstance(model, UNet):
-        prefix, names = PREFIXES["unet"], unet_names(model.config)
-    elif isinstance(model, AutoencoderKL):
-        prefix, names = PREFIXES["vae"], vae_names(model.config)
-    else:
-        raise TypeError(f"no key map for {type(model).__name__}")
-    layers_and_kinds = {key: key.rsplit(".", 1) for key in model.state_dict()}
-    return {key: f"{prefix}{names[a]}.{kind}" for key, (a, kind) in layers_and_kinds.items()}
-
-
-def schedule_entries(config: ScheduleConfig) -> dict[str, Tensor]:
-    """The 12 tables that official files carry beside the parameters, (T,) float32 each.
-
-    They all follow from the betas (DDPM eq. 4 and 7), so they are ignored when a file is read.
-    As in the official files, everything is computed in float64 and cast once.
-    """
-    betas, alpha_bar = exact_tables(config)
-    alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    tables = {
-        "betas": betas,
-        "alphas_cumprod": alpha_bar,
-        "alphas_cumprod_prev": alpha_bar_prev,
-        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
-        "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
-        "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
-        "posterior_mean_coef2": (1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
-    }
-    return {name: table.float() for name, table in tables.items()}
-
-
-# --- Reading ---------------------------------------------------------------------------------
+# --- One stage ---------------------------------------------------------------------------------
 
 
 def load_unet(
@@ -217,9 +68,13 @@ def load_unet(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
+    ema: Ema = "auto",
+    check: bool = True,
 ) -> UNet:
     """The UNet of a checkpoint, alone. See `load_stages` for arguments and errors."""
-    (unet,) = load_stages(path, ("unet",), device=device, dtype=dtype, config=config)
+    (unet,) = load_stages(
+        path, ("unet",), device=device, dtype=dtype, config=config, ema=ema, check=check
+    )
     assert isinstance(unet, UNet)
     return unet
 
@@ -230,9 +85,10 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
+    check: bool = True,
 ) -> AutoencoderKL:
     """The autoencoder of a checkpoint, alone. See `load_stages` for arguments and errors."""
-    (vae,) = load_stages(path, ("vae",), device=device, dtype=dtype, config=config)
+    (vae,) = load_stages(path, ("vae",), device=device, dtype=dtype, config=config, check=check)
     assert isinstance(vae, AutoencoderKL)
     return vae
 
@@ -243,83 +99,418 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
+    check: bool = True,
 ) -> CLIPTextEncoder:
-    """The text encoder of a checkpoint, alone, with the tokenizer that lies beside the file."""
-    (text,) = load_stages(path, ("text",), device=device, dtype=dtype, config=config)
+    """The text encoder of a checkpoint, alone, with its tokenizer if that is on this machine. See
+    `load_stages` for arguments and errors."""
+    (text,) = load_stages(path, ("text",), device=device, dtype=dtype, config=config, check=check)
     assert isinstance(text, CLIPTextEncoder)
     return text
 
 
 def load_stages(
     path: str | Path,
-    stages: Sequence[str] = ("unet", "vae", "text"),
+    stages: Sequence[str] = STAGES,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
+    ema: Ema = "auto",
+    check: bool = True,
 ) -> tuple[nn.Module, ...]:
-    """Build the asked stages without weights, then fill them from the file, strictly.
+    """Some stages of a file, which may lack the others.
+
+    On a CPU, weights that are stored as they are asked for stay on the mapped file: they cost no
+    copy, and the file may be replaced, but not written into, while the model lives.
 
     Args:
-        path: a safetensors file in the official layout, or a folder with `model.safetensors`.
-        stages: any of "unet", "vae", "text"; the file may lack the others.
+        path, config: as `open_weights` takes them.
+        stages: any of "unet", "vae", "text".
         device, dtype: where the weights go, and as what.
-        config: the model's config; without it the file's own metadata says, and a file that has
-            none is taken for Stable Diffusion v1.
+        ema: whether to take the running mean of the UNet's weights (LDM's training keeps one)
+            rather than the weights themselves; "auto" takes it where the file has all of it.
+        check: look at every number now, so that NaN or infinity is an error here and not a black
+            picture; False leaves what need not change unread until the model runs.
 
     Raises:
         FileNotFoundError: nothing is there.
-        UnreadableError: it is not a safetensors file, or its metadata is not ours.
-        KeysError: keys are missing, unexpected, or of the wrong shape.
-        ValueError: the device is not there, or the tokenizer beside the file does not fit.
+        CheckpointError: the file cannot be read, or does not fit; see `ldm.errors`.
+        ValueError: an argument is out of its range, or the tokenizer found is another model's.
     """
-    path, device, dtype = find_file(path), check_device(device), check_dtype(dtype)
-    folder = find_tokenizer(path) if "text" in stages else None
-    tokenizer = None if folder is None else Tokenizer.from_folder(folder)
-    with open_file(path) as file:
-        config = config or stored_config(file) or SD_V1
-        try:
-            with torch.device("meta"):  # no memory, no random numbers: the file has the values
-                models = [build_stage(stage, config, tokenizer) for stage in stages]
-        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise CheckpointError(f"no model can be built for {path}: {error}") from error
-        names = [key_map(model) for model in models]
-        check_keys(path, file, stages, models, names)
-        for model, ours_to_theirs in zip(models, names, strict=True):
-            tensors = {
-                ours: file.get_tensor(theirs).to(device=device, dtype=dtype)
-                for ours, theirs in ours_to_theirs.items()
-            }
-            model.load_state_dict(tensors, strict=True, assign=True)
-            if isinstance(model, CLIPTextEncoder):
-                model.rebuild_buffers()
-    return tuple(model.eval() for model in models)
+    device, dtype = check_device(device), check_dtype(dtype)
+    if unknown := set(stages) - set(STAGES):
+        raise ValueError(f"no stage {unknown.pop()!r}: there are {', '.join(STAGES)}")
+    plans = plan_stages(dict.fromkeys(stages, open_weights(path, config)), ema)
+    return tuple(fill(plan, device, dtype, check) for plan in plans.values())
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The config of a checkpoint: its own metadata's, or Stable Diffusion v1's where it has none.
+# --- Opening -----------------------------------------------------------------------------------
 
-    Raises: as `load_stages`.
+
+@dataclass(frozen=True)
+class Weights:
+    """A file or a folder of weights, opened: nothing is read yet.
+
+    Attributes:
+        archive: what it holds, by its own keys.
+        entries: the same, by official keys.
+        config: of the model that it belongs to.
     """
-    with open_file(find_file(path)) as file:
-        return stored_config(file) or SD_V1
+
+    archive: Archive
+    entries: Mapping[str, Entry]
+    config: ModelConfig
+
+    @property
+    def path(self) -> Path:
+        return self.archive.path
+
+
+def open_weights(
+    path: str | Path, config: ModelConfig | None = None, default: ModelConfig | None = None
+) -> Weights:
+    """Open a file or a folder of weights, whatever its container.
+
+    Args:
+        path: a safetensors file, a pickle of torch's, a diffusers folder, or a folder that holds
+            one file of weights.
+        config: the model's. Without it the file's own counts, then `default`, and then Stable
+            Diffusion v1's, if the weights have its width.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UnreadableError: it is no file of weights, or a damaged one.
+        FamilyError: it is another kind of model.
+        ConfigError: there is no config for it.
+    """
+    archive, stored = open_any(path)
+    entries = official_entries(archive)
+    config = config or stored or default
+    if other := other_family(entries, config or SD_V1):
+        raise FamilyError(f"{archive.path} is {other}; ldm loads Stable Diffusion v1 models")
+    if config is None and stages_in(entries) and not is_sd_v1(entries):
+        raise ConfigError(
+            f"{archive.path} is not as wide as Stable Diffusion v1, and brings no config: "
+            "pass its config"
+        )
+    return Weights(archive, entries, config or SD_V1)
+
+
+def open_any(path: str | Path) -> tuple[Archive, ModelConfig | None]:
+    """What a file or a folder holds, of whatever family, and the config that it brings, if any."""
+    path = Path(path)
+    if path.is_dir() and is_diffusers_folder(path):
+        return read_folder(path)
+    archive = open_archive(find_file(path))
+    text = archive.metadata.get("ldm")
+    return archive, None if text is None else config_from_json(text, archive.path)
 
 
 def find_file(path: str | Path) -> Path:
-    """The safetensors file that a path means: itself, or the one in this folder."""
+    """The file of weights that a path means: itself, or the only one in this folder."""
     path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no weights at {file}")
-    return file
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = [file for file in files if file.name == "model.safetensors"] or files
+        if not files:
+            needed = ", ".join(f"{folder}/" for folder in FOLDERS.values())
+            raise MissingPartsError(
+                f"{path} holds no weights: neither a file of them nor a diffusers folder's {needed}"
+            )
+        if len(files) > 1:
+            names = some([file.name for file in files])
+            raise MissingPartsError(f"{path} holds several files of weights: pass one of {names}")
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    return path
 
 
-def open_file(path: Path) -> safe_open:
-    """Open a safetensors file; no tensor is read yet."""
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # to find a file by, not to read it by
+
+
+def official_entries(archive: Archive) -> dict[str, Entry]:
+    """The tensors of an archive by official keys; a key that has none keeps its own.
+
+    Raises:
+        KeysError: two keys mean one weight.
+    """
+    entries: dict[str, Entry] = {}
+    for key, entry in archive.entries.items():
+        if entries.setdefault(official_name(key), entry) is not entry:
+            raise KeysError(f"{archive.path} holds {some([official_name(key)])} under two names")
+    return entries
+
+
+# --- A whole model, of one file or of several --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights came from.
+
+    Attributes:
+        paths: stage -> its file or folder.
+        container: of the UNet's.
+        ema: whether the UNet's weights are the running mean of those that were trained.
+        ignored: what else the files hold and is known not to matter: first word of keys -> number.
+        stubs: the globals that a pickle named; none was called.
+    """
+
+    paths: Mapping[str, Path]
+    container: str
+    ema: bool
+    ignored: Mapping[str, int]
+    stubs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        main = self.paths["unet"]
+        facts = [self.container]
+        if self.ema:
+            facts.append("EMA weights")
+        facts += [f"{stage} from {path}" for stage, path in self.paths.items() if path != main]
+        if self.ignored:
+            ignored = [f"{count} of {name}" for name, count in self.ignored.items()]
+            facts.append(f"ignored: {some(ignored)}")
+        if self.stubs:
+            facts.append(f"not called: {some(self.stubs)}")
+        return f"{main} ({'; '.join(facts)})"
+
+
+def open_model(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+) -> dict[str, Weights]:
+    """The weights of each stage of a whole model: all in one place, or the autoencoder and the text
+    encoder elsewhere. Arguments and errors as in `open_weights`."""
+    main = open_weights(path, config)
+    sources = dict.fromkeys(STAGES, main)
+    for stage, other in {"vae": vae, "text": text}.items():
+        if other is not None:
+            sources[stage] = open_weights(other, config, default=main.config)
+    return sources
+
+
+def joint_config(sources: Mapping[str, Weights]) -> ModelConfig:
+    """The config of a whole model, each stage's from its own weights.
+
+    Raises:
+        ConfigError: the stages do not belong together.
+    """
+    unet, vae, text = (sources[stage].config for stage in STAGES)
+    if vae.vae.latent_channels != unet.unet.in_channels:
+        raise ConfigError(
+            f"{sources['vae'].path} makes latents of {vae.vae.latent_channels} channels, "
+            f"the unet of {sources['unet'].path} reads {unet.unet.in_channels}"
+        )
+    if text.text.hidden_size != unet.unet.context_dim:
+        raise ConfigError(
+            f"{sources['text'].path} makes text states of width {text.text.hidden_size}, "
+            f"the unet of {sources['unet'].path} reads {unet.unet.context_dim}"
+        )
+    return dataclasses.replace(unet, vae=vae.vae, text=text.text)
+
+
+# --- Matching ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies: under which key, and what is there."""
+
+    key: str
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage is to be filled. Whatever can be wrong but the numbers themselves was checked.
+
+    Attributes:
+        weights: what it is filled from.
+        model: the stage, without memory yet.
+        places: our key -> where that weight lies, for every weight.
+        ema: whether those are the running means.
+    """
+
+    weights: Weights
+    model: nn.Module
+    places: Mapping[str, Place]
+    ema: bool
+
+
+def plan_stages(
+    sources: Mapping[str, Weights],
+    ema: Ema = "auto",
+    tokenizer: FindTokenizer = find_tokenizer,
+) -> dict[str, Plan]:
+    """Find every weight of the stages that `sources` names, each in its own file.
+
+    Args:
+        ema: as in `load_stages`.
+        tokenizer: from the path of the text encoder's weights and its vocabulary's size.
+
+    Raises:
+        CheckpointError, ValueError: as in `load_stages`; and what `tokenizer` raises.
+    """
+    if not (ema == "auto" or isinstance(ema, bool)):
+        raise ValueError(f"ema must be 'auto', True or False, not {ema!r}")
+    check_present(sources)
+    if len(sources) == len(STAGES):  # a whole model answers for all that is in its files
+        joint_config(sources)
+        for weights in sources.values():
+            check_strays(weights)
+    return {stage: plan(stage, weights, ema, tokenizer) for stage, weights in sources.items()}
+
+
+def origin(plans: Mapping[str, Plan]) -> Origin:
+    """Where a whole model comes from."""
+    archives = {id(p.weights.archive): p.weights.archive for p in plans.values()}.values()
+    taken = {place.key for plan in plans.values() for place in plan.places.values()}
+    return Origin(
+        paths={stage: plan.weights.path for stage, plan in plans.items()},
+        container=plans["unet"].weights.archive.container,
+        ema=plans["unet"].ema,
+        ignored=ignored_in({key for archive in archives for key in archive.entries} - taken),
+        stubs=tuple(dict.fromkeys(stub for archive in archives for stub in archive.stubs)),
+    )
+
+
+def check_present(sources: Mapping[str, Weights]) -> None:
+    """A MissingPartsError that names the stages of which a file has nothing, what it has, and what
+    to do."""
+    for weights in sources.values():
+        there = " and ".join(stages_in(weights.entries))
+        wanted = [stage for stage, source in sources.items() if source is weights]
+        absent = [stage for stage in wanted if stage not in stages_in(weights.entries)]
+        if not absent:
+            continue
+        if not there:
+            raise MissingPartsError(f"{weights.path} holds no stage of a model that ldm knows")
+        line = f"{weights.path} holds {there} only: there is no {' and no '.join(absent)} in it"
+        if len(sources) < len(STAGES):
+            raise MissingPartsError(line)
+        if "unet" in absent:
+            raise MissingPartsError(f"{line}; load a file with a unet, and pass this one beside it")
+        options = " and ".join(f"{stage}=" for stage in absent)
+        raise MissingPartsError(f"{line}; pass {options}: a file or folder with it")
+
+
+def check_strays(weights: Weights) -> None:
+    """A KeysError for keys that belong to no stage and are not known not to matter."""
+    known = tuple(PREFIXES.values())
+    keys = sorted(key for key in weights.entries if not key.startswith(known))
+    strays = [key for key in keys if not is_expendable(key)]
+    if strays:
+        raise KeysError(f"{weights.path} does not fit the model; unexpected: {some(strays)}")
+
+
+def is_expendable(key: str) -> bool:
+    """Whether a model is whole without this key."""
+    return key in computed_entries() or is_ignored(key)
+
+
+def plan(stage: str, weights: Weights, ema: Ema, tokenizer: FindTokenizer) -> Plan:
+    """Find every weight of one stage.
+
+    Raises:
+        KeysError, ShapeError, DtypeError: one line names the keys that do not fit.
+        MissingPartsError: EMA weights are asked for that are not there.
+        ConfigError: no model can be built from the config.
+    """
+    model = build_empty(stage, weights, tokenizer)
+    official = key_map(model)
+    from_ema = stage == "unet" and takes_ema(weights, official.values(), ema)
+    names = {ours: ema_name(k) if from_ema else k for ours, k in official.items()}
+    places = {
+        ours: Place(key, weights.entries[key])
+        for ours, key in names.items()
+        if key in weights.entries
+    }
+    shapes = {ours: tuple(value.shape) for ours, value in model.state_dict().items()}
+    mine = (PREFIXES[stage], f"{FOLDERS[stage]}/")  # a diffusers folder's unknown keys
+    unexpected = weights.entries.keys() - set(official.values())
+    problems: dict[tuple[str, type[KeysError]], list[str]] = {
+        ("missing", KeysError): [key for ours, key in names.items() if ours not in places],
+        ("unexpected", KeysError): [
+            key for key in unexpected if key.startswith(mine) and not is_expendable(key)
+        ],
+        ("wrongly shaped", ShapeError): [
+            f"{place.key} (found {list(place.entry.shape)}, expected {list(shapes[ours])})"
+            for ours, place in places.items()
+            if not same_shape(place.entry.shape, shapes[ours])
+        ],
+        ("not floating-point numbers", DtypeError): [
+            f"{place.key} ({str(place.entry.dtype).removeprefix('torch.')})"
+            for place in places.values()
+            if not place.entry.dtype.is_floating_point
+        ],
+    }
+    found = {kind: sorted(keys) for kind, keys in problems.items() if keys}
+    if found:
+        told = "; ".join(f"{what}: {some(keys)}" for (what, _), keys in found.items())
+        errors = {error for _, error in found}
+        error = errors.pop() if len(errors) == 1 else KeysError
+        raise error(f"{weights.path} does not fit the model; {told}")
+    return Plan(weights, model, places, from_ema)
+
+
+def same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether two shapes agree but for ones at the end: a 1x1 convolution is a linear layer, and
+    files hold the autoencoder's attention as either."""
+    ones = (1,) * (len(expected) - len(found))
+    return found + ones == expected
+
+
+def takes_ema(weights: Weights, official: Iterable[str], ema: Ema) -> bool:
+    """Whether the running means of the weights are to be loaded in their place.
+
+    Raises:
+        MissingPartsError: they were asked for, and are not (or not all) there.
+    """
+    needed = {ema_name(key) for key in official}
+    there = needed & weights.entries.keys()
+    if ema is True and there != needed:
+        raise MissingPartsError(
+            f"{weights.path} has {len(there)} of {len(needed)} EMA weights: leave ema at 'auto'"
+        )
+    return ema is not False and there == needed
+
+
+def build_empty(stage: str, weights: Weights, tokenizer: FindTokenizer) -> nn.Module:
+    """A stage without memory or random numbers: the file has the values.
+
+    Raises:
+        KeysError: it would have more layers than the file has tensors.
+        ConfigError: there is no such model.
+    """
+    config, path = weights.config, weights.path
+    if too_small(weights.entries, stage, config):
+        raise KeysError(
+            f"{path} holds {len(weights.entries)} tensors: too few for the {stage} of {config.name}"
+        )
+    vocabulary = tokenizer(path, config.text.vocab_size) if stage == "text" else None
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UnreadableError(f"{path} is not a readable safetensors file: {error}") from error
+        with torch.device("meta"):
+            return build_stage(stage, config, vocabulary)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"no {stage} can be built for {path}: {reason}") from error
+
+
+def too_small(entries: Mapping[str, Entry], stage: str, config: ModelConfig) -> bool:
+    """Whether a file holds fewer tensors than a stage has. A damaged config may ask for millions
+    of blocks, so this is asked before any is built; each has 8 tensors or more."""
+    part = config.vae if stage == "vae" else config.unet
+    if stage == "text":
+        blocks = config.text.num_layers
+    else:
+        blocks = len(part.channel_mult) * part.num_res_blocks
+    return 8 * blocks > len(entries)
 
 
 def build_stage(stage: str, config: ModelConfig, tokenizer: Tokenizer | None = None) -> nn.Module:
@@ -328,65 +519,78 @@ def build_stage(stage: str, config: ModelConfig, tokenizer: Tokenizer | None = N
         return UNet(config.unet)
     if stage == "vae":
         return AutoencoderKL(config.vae)
-    if stage == "text":
-        return CLIPTextEncoder(config.text, tokenizer)
-    raise ValueError(f"no stage {stage!r}: there are {', '.join(PREFIXES)}")
+    return CLIPTextEncoder(config.text, tokenizer)
 
 
-def find_tokenizer(path: Path) -> Path | None:
-    """The folder with CLIP's `vocab.json` and `merges.txt` for a file: its own, or `tokenizer` in
-    it; None where neither has them."""
-    for folder in (path.parent, path.parent / "tokenizer"):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return folder
-    return None
+# --- Copying -----------------------------------------------------------------------------------
+
+CHUNK = 1 << 20  # numbers that are copied at once: few enough to be checked while still in cache
 
 
-def check_keys(
-    path: Path,
-    file: safe_open,
-    stages: Sequence[str],
-    models: Sequence[nn.Module],
-    names: Sequence[Mapping[str, str]],
-) -> None:
-    """Every key of the models in the file, every key of theirs in the file used, every shape equal;
-    otherwise a KeysError that names them."""
-    found = set(file.keys())
-    expected = {
-        theirs: tuple(model.state_dict()[ours].shape)
-        for model, ours_to_theirs in zip(models, names, strict=True)
-        for ours, theirs in ours_to_theirs.items()
+def fill(plan: Plan, device: torch.device, dtype: torch.dtype, check: bool = True) -> nn.Module:
+    """Give a stage its weights, in the order in which they lie on disk, and return it.
+
+    Raises, with `check`:
+        NonFiniteError: NaN or infinity is among them.
+        HalfOverflowError: a value that only `dtype` cannot hold.
+    """
+    model, shapes = plan.model, {k: v.shape for k, v in plan.model.state_dict().items()}
+    in_order = sorted(
+        plan.places.items(), key=lambda item: (item[1].entry.file.path, item[1].entry.offset)
+    )
+    tensors = {
+        ours: read(place, device, dtype, check).view(shapes[ours]) for ours, place in in_order
     }
-    # A stage alone answers for its own keys; a whole model for everything in the file.
-    prefixes = tuple(PREFIXES[stage] for stage in stages)
-    mine = "" if len(prefixes) == len(PREFIXES) else prefixes
-    known = expected.keys() | computed_entries()
-    missing = sorted(expected.keys() - found)
-    unexpected = sorted(key for key in found - known if key.startswith(mine))
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in expected.keys() & found}
-    misshapen = [
-        f"{key} (found {list(shape)}, expected {list(expected[key])})"
-        for key, shape in sorted(shapes.items())
-        if shape != expected[key]
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "wrongly shaped": misshapen}
-    told = [f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
-    if told:
-        raise KeysError(f"{path} does not fit the model; " + "; ".join(told))
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if isinstance(model, CLIPTextEncoder):
+        model.rebuild_buffers()
+    return model.eval()
 
 
-def computed_entries() -> set[str]:
-    """Keys that official files carry and that we compute: ignored when read, written when saved."""
-    return {POSITION_IDS, *schedule_entries(ScheduleConfig())}
+def read(place: Place, device: torch.device, dtype: torch.dtype, check: bool) -> Tensor:
+    """A tensor of the file. What need not change stays where it is, on the mapped file: nothing is
+    copied. All else gets memory of its own."""
+    entry = place.entry
+    is_plain = entry.stride is None and entry.offset % entry.dtype.itemsize == 0
+    if device.type == "cpu" and entry.dtype == dtype and is_plain:
+        mapped = entry.map()
+        if check:
+            check_finite(place, mapped, mapped)
+        return mapped
+    return copied(place, dtype, check).to(device)
 
 
-def _some(keys: Sequence[str], count: int = 8) -> str:
-    """The first few of many keys, and how many more there are."""
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more
+def copied(place: Place, dtype: torch.dtype, check: bool) -> Tensor:
+    """A tensor of the file in memory of its own, in another dtype: piece by piece, each checked
+    while it is still in cache. At most one piece exists twice."""
+    result = torch.empty(place.entry.shape, dtype=dtype)
+    targets = result.view(-1).split(CHUNK)
+    for target, source in zip(targets, place.entry.pieces(CHUNK), strict=True):
+        target.copy_(source)
+        if check:
+            check_finite(place, source, target)
+    return result
 
 
-# --- Writing ---------------------------------------------------------------------------------
+def check_finite(place: Place, source: Tensor, target: Tensor) -> None:
+    """An error unless all numbers of the file, and all that became of them, are finite."""
+    # A sum is the fastest look at every number. It may overflow on its own: then look again.
+    if target.sum().isfinite():
+        return
+    stored, arrived = source.double(), target.double()
+    where = f"{place.entry.file.path}: {place.key}"
+    if not stored.isfinite().all():
+        kind = "NaN" if stored.isnan().any() else "infinity"
+        raise NonFiniteError(f"{where} holds {kind}: the file is damaged")
+    if not arrived.isfinite().all():
+        name = str(target.dtype).removeprefix("torch.")
+        wider = "float64" if target.dtype == torch.float32 else "float32"
+        raise HalfOverflowError(
+            f"{where} holds {stored.abs().max().item():g}, too large for {name}: load it as {wider}"
+        )
+
+
+# --- Writing -----------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -415,37 +619,41 @@ def save_checkpoint(
         save_file(tensors, temporary, metadata={"ldm": config_to_json(config)})
 
 
-PARTS: dict[str, Callable[..., Any]] = {
-    "unet": UNetConfig,
-    "vae": VAEConfig,
-    "text": TextConfig,
-    "schedule": ScheduleConfig,
-}
-
-
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
     """A config as sorted JSON."""
     return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=indent)
 
 
-def config_from_json(text: str) -> ModelConfig:
-    """The inverse of `config_to_json`.
+def config_from_json(text: str, path: Path) -> ModelConfig:
+    """The inverse of `config_to_json`, for a text that comes from `path`.
 
     Raises:
         UnreadableError: it is not such a config.
     """
     try:
-        data = json.loads(text)
-        parts = {
-            name: part(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[name].items()})
-            for name, part in PARTS.items()
-        }
-        return ModelConfig(**(data | parts))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnreadableError(f"the file's metadata is not a config of ldm: {error}") from error
+        config: ModelConfig = read_like(SD_V1, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"what {path} holds is not a config of ldm: {error}") from error
+    return config
 
 
-def stored_config(file: safe_open) -> ModelConfig | None:
-    """The config in a file's metadata, or None where there is none."""
-    text = (file.metadata() or {}).get("ldm")
-    return None if text is None else config_from_json(text)
+LARGEST = 2**20  # of the whole numbers in a config
+
+
+def read_like(example: Any, data: Any) -> Any:
+    """A value of JSON as one of the same type as an example: a number, a name, a tuple of whole
+    numbers, or a dataclass of such. A ValueError if it is not."""
+    if dataclasses.is_dataclass(example) and not isinstance(example, type):
+        names = [field.name for field in dataclasses.fields(example)]
+        if not isinstance(data, dict) or data.keys() != set(names):
+            raise ValueError(f"{str(data)[:80]} does not have just the fields {', '.join(names)}")
+        return type(example)(**{n: read_like(getattr(example, n), data[n]) for n in names})
+    if isinstance(example, tuple) and isinstance(data, list):
+        return tuple(read_like(example[0], one) for one in data)
+    if isinstance(example, str) and isinstance(data, str) and data.isprintable():
+        return data
+    if isinstance(example, int) and type(data) is int and 0 <= data <= LARGEST:
+        return data
+    if isinstance(example, float) and type(data) in (int, float) and 0 < data < math.inf:
+        return float(data)
+    raise ValueError(f"{str(data)[:80]!r} cannot stand where {example!r} could")

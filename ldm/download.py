@@ -119,7 +119,7 @@ def require_tokenizer(weights: str | Path, vocab_size: int) -> Tokenizer:
     tokenizer = find(weights, vocab_size)
     if tokenizer is not None:
         return tokenizer
-    where = f"no tokenizer for {weights}: put its vocab.json and merges.txt beside it"
+    where = f"no tokenizer for {weights}: put vocab.json and merges.txt beside it"
     if vocab_size != CLIP_VOCAB_SIZE:
         raise FileNotFoundError(f"{where}; {vocab_size} tokens are not CLIP's vocabulary")
     try:

@@ -62,7 +62,12 @@ class TextToImage:
 
     @classmethod
     def from_plans(
-        cls, plans: Mapping[str, Plan], *, device: torch.device, dtype: torch.dtype
+        cls,
+        plans: Mapping[str, Plan],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        check: bool = True,
     ) -> Self:
         """Read the weights that a plan per stage has found (`ldm.checkpoint.plan_stages`).
 
@@ -70,7 +75,7 @@ class TextToImage:
             CheckpointError: the stages do not belong together, or a number is not finite.
         """
         config = joint_config({stage: plan.weights for stage, plan in plans.items()})
-        parts: dict[str, Any] = {s: fill(plan, device, dtype) for s, plan in plans.items()}
+        parts: dict[str, Any] = {s: fill(plan, device, dtype, check) for s, plan in plans.items()}
         schedule = NoiseSchedule(config.schedule)
         return cls(**parts, schedule=schedule, config=config, origin=origin(plans))
 

@@ -6,19 +6,29 @@ could not see what stands behind those layers. Here every parameter is drawn.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.checkpoint import build_stage, save_checkpoint
+from ldm.checkpoint import build_stage, config_to_json, save_checkpoint
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.keys import key_map
 from ldm.tokenizer import Tokenizer
 
 STAGES = ("unet", "vae", "text")
+CONTAINERS = ("safetensors", "torch zip pickle", "torch legacy pickle")
 
 TRANSFORMERS_5 = int(version("transformers").split(".")[0]) >= 5
 text_in_fp64 = pytest.mark.skipif(
@@ -183,9 +193,109 @@ def assert_stage_agrees_across_dtypes(
 def tiny_model(folder: Path, seed: int = 0) -> Path:
     """A random whole model in a folder: `model.safetensors` and the tokenizer beside it."""
     config = tiny_config()
-    texts = ["a red house on green grass at night", "the blue sea and the sky by day"]
-    tokenizer = Tokenizer.train(texts * 5, config.text.vocab_size)
-    assert len(tokenizer) == config.text.vocab_size
-    tokenizer.save(folder)
+    tiny_tokenizer().save(folder)
     random_checkpoint(folder / "model.safetensors", config, seed)
     return folder
+
+
+@functools.cache
+def tiny_tokenizer() -> Tokenizer:
+    """A vocabulary of the size that the tiny config asks for."""
+    texts = ["a red house on green grass at night", "the blue sea and the sky by day"]
+    tokenizer = Tokenizer.train(texts * 5, tiny_config().text.vocab_size)
+    assert len(tokenizer) == tiny_config().text.vocab_size
+    return tokenizer
+
+
+# --- Files of weights, and what becomes of them in the wild ------------------------------------
+
+Tensors = dict[str, Tensor]
+
+
+@functools.cache
+def _tiny_tensors(seed: int) -> Tensors:
+    with tempfile.TemporaryDirectory() as folder:
+        random_checkpoint(Path(folder) / "model.safetensors", tiny_config(), seed)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def tiny_tensors(seed: int = 0) -> Tensors:
+    """A random tiny model in the official layout: key -> tensor, buffers included. Not to be
+    changed in place; the dict may be."""
+    return dict(_tiny_tensors(seed))
+
+
+def with_ema(tensors: Tensors, factor: float = 0.5) -> Tensors:
+    """The same with a running mean of the UNet's weights, as LDM's training writes it; here it is
+    `factor` times the weights, so that one can tell which was loaded."""
+    means = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): (value * factor).to(value.dtype)
+        for key, value in tensors.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    counts = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    return tensors | means | counts
+
+
+def write_weights(
+    path: Path,
+    content: Mapping[str, Any],
+    container: str = "safetensors",
+    config: ModelConfig | None = None,
+) -> Path:
+    """A file in a container; only safetensors can carry a config, only pickles other things than
+    tensors."""
+    if container == "safetensors":
+        metadata = None if config is None else {"ldm": config_to_json(config)}
+        save_file({k: v.contiguous() for k, v in content.items()}, path, metadata=metadata)
+    else:
+        zipped = container == "torch zip pickle"
+        torch.save(dict(content), path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@contextlib.contextmanager
+def lightning() -> Iterator[type]:
+    """PyTorch Lightning's ModelCheckpoint, which official pickles name, as a stand-in that can be
+    pickled, and that no one can import afterwards."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})  # type: ignore
+    parents = [name.rsplit(".", n)[0] for n in (2, 1)]
+    added = {parent: types.ModuleType(parent) for parent in parents} | {name: module}
+    with pytest.MonkeyPatch.context() as patch:
+        for parent, stand_in in added.items():
+            patch.setitem(sys.modules, parent, stand_in)
+        yield module.ModelCheckpoint
+
+
+def write_training_run(path: Path, tensors: Tensors, container: str, wrapped: int = 1) -> Path:
+    """A pickle as LDM's training leaves it: the weights in `state_dict` (`wrapped` times), and
+    beside them an optimizer's states and a callback of PyTorch Lightning's."""
+    states = {
+        n: {"exp_avg": value, "step": n} for n, value in enumerate(list(tensors.values())[:9])
+    }
+    content: dict[str, Any] = dict(tensors)
+    for _ in range(wrapped):
+        content = {"state_dict": content}
+    with lightning() as callback:
+        content |= {
+            "epoch": 3,
+            "global_step": 470000,
+            "pytorch-lightning_version": "1.4.2",
+            "callbacks": {callback: {"monitor": "val/loss", "best": torch.ones(1)}},
+            "optimizer_states": [{"state": states, "param_groups": [{"lr": 1e-4}]}],
+            "lr_schedulers": [{"last_epoch": 5}],
+        }
+        return write_weights(path, content, container)
+
+
+def assert_filled(model: nn.Module, tensors: Mapping[str, Tensor], dtype=torch.float32) -> None:
+    """Every weight of a stage is, bit for bit, the one that the official key has, in the dtype."""
+    state = model.state_dict()
+    for ours, official in key_map(model).items():
+        expected = tensors[official].to(dtype).reshape(state[ours].shape)
+        assert state[ours].dtype == dtype, ours
+        assert torch.equal(state[ours].cpu(), expected), ours
+    everything = [*model.parameters(), *model.buffers()]
+    assert not any(tensor.is_meta for tensor in everything)
