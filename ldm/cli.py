@@ -1,4 +1,4 @@
-"""The command `ldm`: draw pictures, see how one was made, train Horizon, measure it.
+"""The command `ldm`: draw pictures, see how one was made, handle files of weights, train Horizon.
 
 What is wrong with the arguments is said in one line, with exit code 2, before any work starts.
 """
@@ -22,12 +22,21 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import ldm
-from ldm.checkpoint import find_file, load_config
+from ldm.checkpoint import (
+    Ema,
+    config_from_json,
+    find_file,
+    joint_config,
+    open_model,
+    plan_stages,
+)
 from ldm.config import ModelConfig
 from ldm.device import check_device, default_device, default_dtype
+from ldm.download import require_tokenizer
 from ldm.files import check_writable
 from ldm.pipeline import SAMPLERS, TextToImage, check_prompts, check_settings
-from ldm.recipe import Recipe, file_sha256, installed_versions, read_recipes, save_png
+from ldm.presets import PRESETS
+from ldm.recipe import Recipe, installed_versions, read_recipes, save_png, weights_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +44,11 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECIPE_OPTIONS = (
     *("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "seed"),
-    *("num_images", "height", "width", "device", "dtype"),
+    *("num_images", "height", "width", "device", "dtype", "ema", "reproduce"),
 )
+EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
+CONFIG_HELP = "a config.json like Horizon's, for weights of another size that bring none"
+EMA_HELP = "take the running mean of the UNet's weights; auto: if it is there (%(default)s)"
 STAGES = ("autoencoder", "clip", "diffusion")
 
 
@@ -85,16 +97,44 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--num-images", type=int, default=1, help="per prompt (%(default)s)")
     p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
     p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
-    p.add_argument("--weights", type=Path, help="a checkpoint (default: Horizon, shipped)")
+    p.add_argument("--weights", type=Path, help="a file or folder (default: Horizon, shipped)")
+    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
+    p.add_argument("--text", type=Path, help="another file with the text encoder")
+    p.add_argument("--config", type=Path, help=CONFIG_HELP)
+    p.add_argument("--ema", choices=EMA, default="auto", help=EMA_HELP)
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
     p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
     p.add_argument("--grid", action="store_true", help="several pictures as one grid")
     p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
+    p.add_argument(
+        "--reproduce", default="", metavar="CODE", help="the seed's picture of compvis or diffusers"
+    )
     p.set_defaults(run=generate, defaults={name: p.get_default(name) for name in RECIPE_OPTIONS})
 
     p = commands.add_parser("show", help="print how a picture was made")
     p.add_argument("image", type=Path)
     p.set_defaults(run=show)
+
+    p = commands.add_parser("inspect", help="what is in a file of weights, without loading it")
+    p.add_argument("weights", type=Path, help="a file or a folder")
+    p.add_argument("--sha256", action="store_true", help="hash it too: that reads all of it")
+    p.add_argument("--json", action="store_true", help="for programs")
+    p.set_defaults(run=inspect)
+
+    p = commands.add_parser("convert", help="write weights anew: one clean file, or a folder")
+    p.add_argument("source", type=Path, help="a file or a folder of weights")
+    p.add_argument("target", type=Path, help="NAME.safetensors, or a new diffusers folder")
+    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
+    p.add_argument("--text", type=Path, help="another file with the text encoder")
+    p.add_argument("--config", type=Path, help=CONFIG_HELP)
+    p.add_argument("--ema", choices=EMA, default="auto", help=EMA_HELP)
+    p.add_argument("--dtype", choices=DTYPES, help="(default: as they are stored)")
+    p.set_defaults(run=convert)
+
+    p = commands.add_parser("download", help="fetch official weights, and CLIP's vocabulary")
+    p.add_argument("model", help="such as sd-v1-4 or sd-v1-5; a wrong name lists all")
+    p.add_argument("--folder", type=Path, default=Path("weights"), help="(%(default)s)")
+    p.set_defaults(run=download)
 
     p = commands.add_parser("train", help="train Horizon, or one of its stages, from nothing")
     p.add_argument("stage", choices=(*STAGES, "horizon"), help="horizon is all three, evaluated")
@@ -109,8 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("evaluate", help="measure how well pictures follow their prompts")
     p.add_argument("--weights", type=Path, help="a Horizon checkpoint (default: the shipped one)")
-    p.add_argument("--prompts", type=int, default=300, help="how many (%(default)s)")
+    p.add_argument(
+        "--per-value",
+        type=int,
+        default=100,
+        help="prompts for every value of every attribute, at least (%(default)s)",
+    )
     p.add_argument("--steps", type=int, default=50, help="sampler steps (%(default)s)")
+    p.add_argument("--sampler", default="ddim", help=f"{' or '.join(SAMPLERS)} (%(default)s)")
     p.add_argument("--guidance-scale", type=float, default=7.5, help="(%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of prompts and noise (%(default)s)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
@@ -125,14 +171,22 @@ def build_parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> int:
     """Draw one picture after the other, so that each depends on its seed alone and Ctrl-C loses
     only the one being drawn."""
-    weights = find_file(args.weights or ldm.shipped_weights())
-    recipes = recipes_like(args, weights) if args.like else recipes_asked(args, weights)
+    path = args.weights or ldm.shipped_weights()
+    sources = open_model(path, asked_config(args), vae=args.vae, text=args.text)
+    config = joint_config(sources)
+    recipes = recipes_like(args, config) if args.like else recipes_asked(args, config)
     one_file = args.grid or bool(args.like)
     paths = output_paths(args.output, recipes[0].prompt, 1 if one_file else len(recipes))
     if args.like and paths[0].resolve() == args.like.resolve():
         raise ValueError(f"{args.like} would be overwritten: name another file with -o")
-    recipes = sign(recipes, args, weights)
-    pipe = ldm.load(weights, device=recipes[0].device, dtype=DTYPES[recipes[0].dtype])
+    files = {e.file.path for weights in sources.values() for e in weights.entries.values()}
+    plans = plan_stages(sources, EMA[recipes[0].ema], require_tokenizer)
+    recipes = sign(recipes, args, sorted(files))
+    pipe = TextToImage.from_plans(
+        plans, device=torch.device(recipes[0].device), dtype=DTYPES[recipes[0].dtype]
+    )
+    if args.weights:
+        print(f"weights {pipe.origin}", file=sys.stderr)
     if args.seed is None and not args.like:
         print(f"seed {recipes[0].seed}", file=sys.stderr)
 
@@ -147,12 +201,20 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
+def asked_config(args: argparse.Namespace) -> ModelConfig | None:
+    """The config in the file that `--config` names, or None."""
+    if args.config is None:
+        return None
+    return config_from_json(args.config.read_text(encoding="utf-8"), args.config)
+
+
+def recipes_asked(args: argparse.Namespace, config: ModelConfig) -> list[Recipe]:
     """One recipe per picture that the arguments ask for, not yet signed, or a ValueError."""
     if not args.prompts:
         raise ValueError("pass a prompt, or --like PNG")
-    config = load_config(weights)
     prompts = check_prompts(args.prompts, args.num_images)
+    if args.reproduce and len(prompts) > 1:
+        raise ValueError("--reproduce draws one picture: the noise of more depends on their number")
     device = default_device() if args.device is None else check_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
@@ -173,6 +235,8 @@ def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
             model=config.name,
             model_sha256="",
             versions={},
+            ema=args.ema,
+            reproduce=args.reproduce,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -180,7 +244,7 @@ def recipes_asked(args: argparse.Namespace, weights: Path) -> list[Recipe]:
     return recipes
 
 
-def recipes_like(args: argparse.Namespace, weights: Path) -> list[Recipe]:
+def recipes_like(args: argparse.Namespace, config: ModelConfig) -> list[Recipe]:
     """The recipes of an existing picture, or a ValueError when they cannot be followed here."""
     if args.prompts:
         raise ValueError("--like takes the prompt from the picture: pass one or the other")
@@ -189,11 +253,11 @@ def recipes_like(args: argparse.Namespace, weights: Path) -> list[Recipe]:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"--like takes every setting from the picture: leave out {option}")
     recipes = read_recipes(args.like)
-    shared = {(one.model_sha256, one.device, one.dtype) for one in recipes}
-    if len(shared) > 1 or recipes[0].dtype not in DTYPES:
+    shared = {(one.model_sha256, one.device, one.dtype, one.ema) for one in recipes}
+    if len(shared) > 1 or recipes[0].dtype not in DTYPES or recipes[0].ema not in EMA:
         raise ValueError(f"the recipe in {args.like} is not one that ldm wrote")
     check_device(recipes[0].device)
-    check_recipes(recipes, load_config(weights))
+    check_recipes(recipes, config)
     return recipes
 
 
@@ -212,22 +276,25 @@ def check_recipes(recipes: Sequence[Recipe], config: ModelConfig) -> None:
             num_images=one.index + 1,
             height=one.height,
             width=one.width,
+            like=one.reproduce or None,
         )
 
 
-def sign(recipes: Sequence[Recipe], args: argparse.Namespace, weights: Path) -> list[Recipe]:
+def sign(
+    recipes: Sequence[Recipe], args: argparse.Namespace, files: Sequence[Path]
+) -> list[Recipe]:
     """The recipes with the weights' hash and the versions that follow them here.
 
     Raises:
         ValueError: with --like, when the picture was made with other weights.
     """
-    sha256, versions = file_sha256(weights), installed_versions()
+    sha256, versions = weights_sha256(files), installed_versions()
     if args.like:
         theirs = recipes[0]
         if sha256 != theirs.model_sha256:
             raise ValueError(
                 f"{args.like} was made with weights whose SHA-256 is {theirs.model_sha256}, "
-                f"but that of {weights} is {sha256}"
+                f"but that of {', '.join(map(str, files))} is {sha256}"
             )
         if versions != theirs.versions:
             print(
@@ -274,7 +341,9 @@ def draw(
     picture has its own path it is written at once."""
     from tqdm import tqdm
 
-    with tqdm(total=sum(one.steps for one in recipes), unit="step", file=sys.stderr) as bar:
+    total = pipe.config.schedule.num_train_timesteps
+    grids = [PRESETS[one.reproduce or None].timesteps(one.steps, total) for one in recipes]
+    with tqdm(total=sum(map(len, grids)), unit="step", file=sys.stderr) as bar:
         for recipe in recipes:
             run = pipe.denoise(
                 recipe.prompt,
@@ -286,6 +355,7 @@ def draw(
                 seed=recipe.seed + recipe.index,
                 height=recipe.height,
                 width=recipe.width,
+                like=recipe.reproduce or None,
             )
             for step in run:
                 latents = step.x_prev
@@ -327,6 +397,42 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- Files of weights ------------------------------------------------------------------------
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print what is in a file of weights."""
+    found = ldm.inspect(args.weights, sha256=args.sha256)
+    print(json.dumps(found.as_dict(), indent=2) if args.json else found)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write weights anew."""
+    from ldm.convert import convert
+
+    convert(
+        args.source,
+        args.target,
+        ema=EMA[args.ema],
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        config=asked_config(args),
+        vae=args.vae,
+        text=args.text,
+    )
+    print(args.target)
+    return 0
+
+
+def download(args: argparse.Namespace) -> int:
+    """Fetch official weights."""
+    from ldm.download import download, known_file
+
+    print(known_file(args.model).terms, file=sys.stderr)
+    print(download(args.model, args.folder))
+    return 0
+
+
 # --- train and evaluate ----------------------------------------------------------------------
 
 
@@ -357,31 +463,32 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print the prompt-following table."""
+    """Print how well a model's pictures follow their prompts."""
     from ldm.train import evaluate as measure
+    from ldm.train.clip import PAIR_FILE, load_pair
 
-    if args.prompts < 1:
-        raise ValueError(f"--prompts must be 1 or more, not {args.prompts}")
+    if args.per_value < 1:
+        raise ValueError(f"--per-value must be 1 or more, not {args.per_value}")
     weights = find_file(args.weights or ldm.shipped_weights())
+    config = joint_config(open_model(weights))
+    settings = {
+        "steps": args.steps,
+        "sampler": args.sampler,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+    }
     check_settings(
-        load_config(weights),
+        config,
         negative_prompt="",
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        sampler="ddim",
         eta=0.0,
-        seed=args.seed,
-        num_images=args.prompts,
+        num_images=1,
         height=None,
         width=None,
+        **settings,
     )
     pipe = ldm.load(weights, device=args.device, dtype=torch.float32)
-    results = measure.evaluate(
-        pipe,
-        count=args.prompts,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-    )
+    pair_file = weights.parent / PAIR_FILE
+    pair = load_pair(pair_file, pipe.text) if pair_file.is_file() else None
+    results = measure.evaluate(pipe, pair, per_value=args.per_value, **settings)
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
     return 0

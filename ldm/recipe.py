@@ -27,8 +27,10 @@ class Recipe:
 
     Attributes:
         index: which picture of its run; its noise was seeded with `seed + index`.
-        model, model_sha256: the name in the config, and the hash of the weights' file.
+        model, model_sha256: the name in the config, and the hash of the weights (`weights_sha256`).
         versions: of ldm, torch, transformers and Python.
+        ema: which of two sets of weights was asked for: "auto", "yes" or "no".
+        reproduce: whose pictures of a seed, `like` in `TextToImage.denoise`; empty is our own.
         The others: as `TextToImage.denoise` takes them.
     """
 
@@ -47,6 +49,8 @@ class Recipe:
     model: str
     model_sha256: str
     versions: dict[str, str]
+    ema: str = "auto"
+    reproduce: str = ""
 
 
 def installed_versions() -> dict[str, str]:
@@ -67,6 +71,12 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(paths: Sequence[Path]) -> str:
+    """One file's SHA-256; of several files, that of their hashes in hexadecimal, one per line."""
+    hashes = [file_sha256(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:

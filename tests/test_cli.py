@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -197,7 +198,7 @@ def test_show_prints_every_setting(generate, capsys: pytest.CaptureFixture[str])
 
 BAD = {
     "unknown weights": (["red", "--weights", "nothing.safetensors"], "no weights at"),
-    "unreadable weights": (["red", "--weights", "junk.safetensors"], "not a readable safetensors"),
+    "unreadable weights": (["red", "--weights", "junk.safetensors"], "is not a file of weights"),
     "size": (["red", "--height", "15"], "height must be a positive multiple of 2, not 15"),
     "no steps": (["red", "--steps", "0"], "steps must be between 1 and 1000, not 0"),
     "too many steps": (["red", "--steps", "1001"], "steps must be between 1 and 1000, not 1001"),
@@ -269,8 +270,9 @@ def test_a_broken_tokenizer_is_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--prompts", "0"], "--prompts must be 1 or more"),
+        (["--per-value", "0"], "--per-value must be 1 or more"),
         (["--steps", "0"], "steps must be between"),
+        (["--sampler", "euler"], "unknown sampler"),
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
         (["--seed", "-1"], "the seed must be between"),
         (["--weights", "nothing"], "no weights at"),
@@ -326,8 +328,8 @@ def test_evaluate_prints_a_table_and_json(
         "evaluate",
         "--weights",
         str(model),
-        "--prompts",
-        "3",
+        "--per-value",
+        "1",
         "--steps",
         "1",
         "--device",
@@ -340,4 +342,105 @@ def test_evaluate_prints_a_table_and_json(
         assert cli.main([*args, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["autoencoder"]["sky"]["total"] == 3
-    assert 0 <= results["prompts"]["sky"]["right"] <= results["prompts"]["sky"]["total"] <= 3
+    sky = results["prompts"]["sky"]
+    assert 0 <= sky["right"] <= sky["total"] >= 3  # each of its values is asked for at least once
+
+
+# --- Files of weights ------------------------------------------------------------------------
+
+
+def test_inspect_tells_people_and_programs_what_is_there(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(model)]) == 0
+    told = capsys.readouterr().out
+    assert "safetensors" in told and "unet" in told and "tiny" in told
+    assert cli.main(["inspect", str(model / "model.safetensors"), "--json", "--sha256"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["container"] == "safetensors" and found["stages"].keys() == {"unet", "vae", "text"}
+    expected = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert expected in json.dumps(found)
+
+
+def test_convert_writes_a_folder_and_a_file_that_draw_the_same_picture(
+    generate, model: Path, tmp_path: Path
+) -> None:
+    assert cli.main(["convert", str(model), "folder"]) == 0
+    (tmp_path / "half").mkdir()
+    to = ["folder", "half/model.safetensors", "--dtype", "float16"]
+    assert cli.main(["convert", *to]) == 0
+    assert ldm.inspect("half").dtypes.keys() == {"float16"}
+    args = ["--device", "cpu", "--steps", "2", "--seed", "3"]
+    for weights, name in ((model, "a.png"), ("folder", "b.png")):
+        command = ["generate", "a red house", "--weights", str(weights), "-o", name, *args]
+        assert cli.main(command) == 0
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_stages_may_come_from_other_files_and_the_hash_covers_them(
+    generate, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny_model(other, seed=7)
+    args = ("red", "--steps", "1", "--seed", "0")
+    assert generate(*args, "-o", "a.png") == 0
+    assert generate(*args, "-o", "b.png", "--vae", str(other)) == 0
+    assert str(other) in capsys.readouterr().err  # where each stage came from
+    (a,), (b,) = read_recipes(Path("a.png")), read_recipes(Path("b.png"))
+    assert a.model_sha256 != b.model_sha256
+    with Image.open("a.png") as one, Image.open("b.png") as two:
+        assert one.tobytes() != two.tobytes()
+    assert generate("--like", "b.png", "-o", "c.png", device=()) == 2
+    assert "was made with weights" in capsys.readouterr().err
+    assert generate("--like", "b.png", "-o", "c.png", "--vae", str(other), device=()) == 0
+    assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
+def test_reproduce_draws_the_other_codes_picture_and_like_makes_it_again(
+    generate, model: Path, tmp_path: Path
+) -> None:
+    args = ("red", "--steps", "3", "--seed", "2", "--eta", "0.5", "--reproduce", "diffusers")
+    assert generate(*args, "-o", "a.png") == 0
+    pipe = ldm.load(model, device="cpu")
+    (expected,) = pipe("red", steps=3, seed=2, eta=0.5, like="diffusers")
+    with Image.open("a.png") as image:
+        assert image.tobytes() == expected.tobytes()
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["red", "--reproduce", "midjourney"], "unknown like='midjourney'"),
+        (["red", "--reproduce", "diffusers", "--num-images", "2"], "--reproduce draws one picture"),
+        (["red", "--ema", "yes"], "0 of 208 EMA weights"),
+        (["red", "--vae", "nothing"], "nothing"),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(
+    generate, args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(*args) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+    assert not names(tmp_path)
+
+
+def test_download_of_an_unknown_model_lists_those_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["download", "sd-v9"]) == 2
+    assert "sd-v1-4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_weights_that_are_not_there_are_told_in_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = ["x.safetensors"] if command == "convert" else []
+    assert cli.main([command, str(tmp_path / "none"), *target]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "none" in error and len(error.splitlines()) == 1
