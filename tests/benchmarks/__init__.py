@@ -1,0 +1,5 @@
+"""How long ours takes, and how long diffusers takes for the same: `python -m tests.benchmarks`.
+
+Both are timed in turn, in one run, on the same weights, so that what else the machine does meets
+both alike. What counts is the ratio.
+"""
