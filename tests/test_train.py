@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ldm
 from ldm import cli
 from ldm.config import HORIZON
+from ldm.errors import UnreadableError
 from ldm.scenes import HELD_OUT
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
@@ -27,6 +29,8 @@ from ldm.train.clip import (
     CLIPSettings,
     captions_to_learn_from,
     equal_captions,
+    load_pair,
+    save_pair,
     train_clip,
 )
 from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
@@ -59,7 +63,7 @@ def loop(
         state = TrainState(AutoencoderKL(HORIZON.vae), settings)
         return state, train_autoencoder(state, AutoencoderSettings(optimisation=settings))
     if name == "clip":
-        state = TrainState(CLIPPair(HORIZON.text, tokenizer, 64), settings)
+        state = TrainState(CLIPPair(CLIPTextEncoder(HORIZON.text, tokenizer), 64), settings)
         return state, train_clip(state, CLIPSettings(optimisation=settings))
     state = TrainState(UNet(HORIZON.unet), settings)
     text = CLIPTextEncoder(HORIZON.text, tokenizer).requires_grad_(False)
@@ -200,7 +204,7 @@ def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> No
     assert {path.name for path in out.iterdir()} == {
         *("autoencoder.pt", "autoencoder.jsonl", "clip.pt", "clip.jsonl"),
         *("diffusion.pt", "diffusion.jsonl", "vocab.json", "merges.txt"),
-        *("model.safetensors", "config.json"),
+        *("model.safetensors", "config.json", "clip.safetensors"),
     }
     last = json.loads((out / "diffusion.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3 and last["loss"] > 0
@@ -208,6 +212,27 @@ def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> No
     assert pipe("a red house", steps=2)[0].size == (64, 64)
     ema = torch.load(out / "diffusion.pt", weights_only=True)["ema"]["conv_in.weight"]
     assert torch.equal(pipe.unet.conv_in.weight, ema.half().float())  # what ships is the mean
+    pair = load_pair(out / "clip.safetensors", pipe.text)
+    mean = torch.load(out / "clip.pt", weights_only=True)["ema"]
+    assert torch.equal(pair.image.project.weight, mean["image.project.weight"].half().float())
+    assert pair.embed_images(torch.zeros(1, 3, 64, 64)).shape == (1, HORIZON.text.hidden_size)
+
+
+@pytest.mark.parametrize("content", ["nothing", "garbage", "no metadata", "another width"])
+def test_a_file_that_is_no_clip_pair_is_told_in_one_line(
+    tmp_path: Path, tokenizer: Tokenizer, content: str
+) -> None:
+    text, path = CLIPTextEncoder(HORIZON.text, tokenizer), tmp_path / "clip.safetensors"
+    if content == "garbage":
+        path.write_bytes(b"garbage")
+    elif content == "no metadata":
+        save_file({"a": torch.ones(1)}, path)
+    elif content == "another width":
+        narrow = dataclasses.replace(HORIZON.text, hidden_size=64)
+        save_pair(path, CLIPPair(CLIPTextEncoder(narrow), 64))
+    with pytest.raises(UnreadableError, match="is not a CLIP pair for this model") as error:
+        load_pair(path, text)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_bad_training_arguments_are_refused_before_any_work(
@@ -269,7 +294,7 @@ def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
         few = {"num_scenes": 8} if name == "diffusion" else {}
         short = dataclasses.replace(recipe(), optimisation=tiny, **few)
         monkeypatch.setitem(run.STAGES, name, (function, lambda short=short: short))
-    quick = functools.partial(measure.evaluate, count=2, steps=1)
+    quick = functools.partial(measure.evaluate, per_value=1, steps=1)
     monkeypatch.setattr(measure, "evaluate", quick)
 
     out = tmp_path / "out"
