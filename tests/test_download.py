@@ -263,7 +263,9 @@ def test_ctrl_c_keeps_what_has_arrived_and_the_progress_is_shown(hub: Hub, tmp_p
     """A process of its own, as a user starts it: the Hub's address comes from the environment."""
     fields = dataclasses.asdict(KNOWN)
     program = (
-        "import sys, huggingface_hub.constants as c, ldm.download as d; "
+        "import signal, sys, huggingface_hub.constants as c, ldm.download as d; "
+        # A process that a background shell starts is born deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "c.DOWNLOAD_CHUNK_SIZE = 50_000; "
         f"d.known_files = lambda: (d.KnownFile(**{fields!r}),); d.download('small', sys.argv[1])"
     )
