@@ -50,7 +50,7 @@ def test_every_parameter_is_the_files_own_bit_for_bit(path: Path, checkpoint: Pa
 def test_loading_takes_little_more_memory_than_the_weights(
     path: Path, dtype: torch.dtype, share: float
 ) -> None:
-    load = partial(ours, stages=STAGES, dtype=dtype, read=True)
+    load = partial(ours, stages=STAGES, dtype=dtype, check=True, read=True)
     memory = run_alone(load, Setting(path, SD_V1, configs=path)).memory
     print(f"{memory / FP32_BYTES:.3f} of the weights in fp32")
     half = dtype.itemsize / 4
