@@ -98,7 +98,7 @@ def zip_file(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for path, data in content.items():
-            archive.writestr(f"archive/{path}", data)
+            archive.writestr(zipfile.ZipInfo(f"archive/{path}"), data, compression)  # no date
     return buffer.getvalue()
 
 

@@ -93,20 +93,23 @@ def test_stable_diffusion_is_recognised_at_full_size(tmp_path: Path) -> None:
 
 
 FAST = """
-import sys, torch
+import sys
 from time import perf_counter as now
 start = now()
+import torch
+torch_is_there = now()
 import ldm
 print(ldm.inspect(sys.argv[1]))
-print(now() - start, file=sys.stderr)
+print((now() - torch_is_there) / (torch_is_there - start), file=sys.stderr)
 assert not sys.modules.keys() & {"transformers", "tokenizers", "huggingface_hub", "diffusers"}
 """
 
 
-def test_a_file_of_four_gigabytes_takes_less_than_a_second(tmp_path: Path) -> None:
+def test_a_file_of_four_gigabytes_takes_less_than_half_of_importing_torch(tmp_path: Path) -> None:
+    """Of some 2.5 seconds; `import ldm` included."""
     path = sd_v1_shapes(tmp_path, ("unet", "vae"))
 
-    def seconds() -> float:
+    def ratio() -> float:
         command = [sys.executable, "-c", FAST, str(path)]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -115,7 +118,7 @@ def test_a_file_of_four_gigabytes_takes_less_than_a_second(tmp_path: Path) -> No
         return float(run.stderr)
 
     # The best of a few: another process on the machine can only make one slower.
-    assert min(seconds() for _ in range(3)) < 1.0
+    assert min(ratio() for _ in range(3)) < 0.5
 
 
 @pytest.mark.parametrize("container", CONTAINERS[1:])
