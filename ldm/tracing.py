@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -71,6 +72,8 @@ class Trace:
         latents: after the last step, (1, C, h, w).
         maps: cross-attention weights with the prompt, {layer: (S, rows, columns, L)} float16, the
             mean over heads: at each place they sum to 1 over the L tokens.
+        picture: the final latents decoded, (height, width, 3) uint8; None where nobody decoded
+            them.
     """
 
     model: str
@@ -89,6 +92,7 @@ class Trace:
     maps: Mapping[str, Tensor]
     eps_cond: Tensor | None = None
     eps_uncond: Tensor | None = None
+    picture: Tensor | None = None
 
     def __post_init__(self) -> None:
         """A ValueError in one line where the parts do not fit together."""
@@ -105,6 +109,10 @@ class Trace:
         for layer, maps in self.maps.items():
             if maps.ndim != 4 or (len(maps), maps.shape[3]) != (steps, tokens):
                 raise ValueError(f"{layer} is {list(maps.shape)}, not ({steps}, _, _, {tokens})")
+        if (picture := self.picture) is not None and (
+            picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != torch.uint8
+        ):
+            raise ValueError(f"the picture is {list(picture.shape)} of {picture.dtype}")
         for word in self.words:
             if not word.tokens or not all(place in range(tokens) for place in word.tokens):
                 raise ValueError(f"the tokens of {word.text!r} are not there: {word.tokens}")
@@ -125,6 +133,12 @@ class Trace:
             f"<Trace of {self.prompt!r} by {self.model}: {size}, {run}, seed {s.get('seed')}; "
             f"words: {words}; attention layers: {maps}; {self.nbytes / 1e6:.3g} MB>"
         )
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the facts, the picture as it forms, and where the words looked."""
+        from ldm.viz.card import trace_html  # pictures are for people: only who looks loads them
+
+        return trace_html(self)
 
     @property
     def nbytes(self) -> int:
@@ -285,7 +299,8 @@ class Trace:
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor, by the name that it has in a file."""
         maps = {MAP_PREFIX + layer: tensor for layer, tensor in self.maps.items()}
-        return {**self._stepwise(), "latents": self.latents, **maps}
+        picture = {} if self.picture is None else {"picture": self.picture}
+        return {**self._stepwise(), "latents": self.latents, **picture, **maps}
 
 
 def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
@@ -294,7 +309,7 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     The attention maps take most of the memory, S x places x L x 2 bytes a layer: 4 MB a step for
     Stable Diffusion v1 at 512x512, 0.02 MB for Horizon. They are kept as float16, without the
     half of the guidance batch that has no prompt, and as the mean over heads; what is lost with
-    the single heads, `record` can show.
+    the single heads, `record` can show. The final latents are decoded once, for `picture`.
 
     Args:
         pipe: the model.
@@ -320,6 +335,7 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
                     values.append(value.cpu())
             latents = step.x_prev.cpu()
 
+    (picture,) = pipe.decode(latents)
     t, t_prev, alpha_bar = zip(*times, strict=True)
     latent_size = (latents.shape[2], latents.shape[3])
     tokenizer = pipe.text.require_tokenizer()
@@ -340,6 +356,7 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
             name: torch.stack(calls).unflatten(1, map_size(len(calls[0]), latent_size))
             for name, calls in recorded.items()
         },
+        picture=torch.from_numpy(np.array(picture)),  # (height, width, 3)
     )
 
 

@@ -182,8 +182,8 @@ def test_a_trace_names_itself(run: Trace) -> None:
     assert repr(run).startswith(f"<Trace of {PROMPT!r} by tiny: 12x20, 3 steps of ddim, guidance")
     assert "words: a red house , and a bluish house;" in repr(run)
     latents, maps = 4 * 10 * 6 * 4, 16 * (3 * 60 + 3 * 15 + 4 * 6) * 2  # bytes, per step
-    assert run.nbytes == 3 * (5 * latents + maps) + latents == 39264
-    assert "attention layers: 3 at 10x6, 3 at 5x3, 4 at 3x2; 0.0393 MB>" in repr(run)
+    assert run.nbytes == 3 * (5 * latents + maps) + latents + 20 * 12 * 3 == 39984
+    assert "attention layers: 3 at 10x6, 3 at 5x3, 4 at 3x2; 0.04 MB>" in repr(run)
 
 
 # --- Words ---------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Pictures for people: how a picture comes out of noise, and where the words of a prompt look.
+
+    from ldm import viz
+
+    run = ldm.trace(pipe, "a red house on green grass at night", steps=20)
+    viz.steps(run)                                    # the picture as it forms
+    viz.attention(run)                                # where each word looked
+    viz.alpha_bar(pipe.schedule, run.t)               # how much noise there was
+
+Every function returns a PIL image or matplotlib axes, which show themselves in Jupyter, and needs
+no display. Two words recur: `run` is a `Trace` or a list of steps, and `draw` is a function from
+latents to pictures, `pipe.decode` or a `LatentRGB`. Curves need matplotlib, the rest does not.
+"""
+
+from __future__ import annotations
+
+from ldm.viz.attention import attention, attention_by_resolution, attention_over_steps, overlay
+from ldm.viz.grids import (
+    Animation,
+    animation,
+    frames,
+    grid,
+    side_by_side,
+    steps,
+    strip,
+    sweep,
+    sweep_images,
+)
+from ldm.viz.latents import (
+    SD_V1_RGB,
+    Components,
+    Draw,
+    LatentRGB,
+    false_colours,
+    fit_rgb,
+    histogram,
+    principal_components,
+    scene_images,
+    trace_rgb,
+)
+from ldm.viz.live import live
+from ldm.viz.plots import (
+    alpha_bar,
+    betas,
+    guidance_map,
+    guidance_norms,
+    latent_components,
+    latent_histogram,
+    snr,
+    timestep_rows,
+)
+from ldm.viz.runs import Run
+
+__all__ = [
+    "SD_V1_RGB",
+    "Animation",
+    "Components",
+    "Draw",
+    "LatentRGB",
+    "Run",
+    "alpha_bar",
+    "animation",
+    "attention",
+    "attention_by_resolution",
+    "attention_over_steps",
+    "betas",
+    "false_colours",
+    "fit_rgb",
+    "frames",
+    "grid",
+    "guidance_map",
+    "guidance_norms",
+    "histogram",
+    "latent_components",
+    "latent_histogram",
+    "live",
+    "overlay",
+    "principal_components",
+    "scene_images",
+    "side_by_side",
+    "snr",
+    "steps",
+    "strip",
+    "sweep",
+    "sweep_images",
+    "timestep_rows",
+    "trace_rgb",
+]
