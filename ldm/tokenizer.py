@@ -124,7 +124,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn the merges from texts: bytes, then bytes that end a word, then merged pairs, then
-        the start and end tokens as the two last ids, as in CLIP's own vocabulary."""
+        the start and end tokens as the two last ids, as in CLIP's own vocabulary. Pairs that are
+        equally frequent are merged in no fixed order: the same texts may give other merges."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
         from tokenizers.trainers import BpeTrainer
