@@ -1,0 +1,32 @@
+# Everything that is made from the shipped weights: `make`, after they have changed.
+# docs/building.md tells what each target makes.
+
+PYTHON ?= python
+LDM = $(PYTHON) -c "import sys; from ldm.cli import main; sys.exit(main())"
+SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player.py ldm/viz/assets/*)
+RUNS = docs/_build/runs
+
+.PHONY: all pictures notebooks runs docs
+all: pictures notebooks docs
+
+# The README's own command, word for word, and the same prompts with four seeds each.
+README_COMMAND = sed -n '/^ldm generate \\$$/,/-o docs\/images\/horizon.png$$/p' README.md
+FOUR_EACH = sed 's/--grid --seed 100 -o .*/--num-images 4 --grid --seed 0 -o docs\/images\/horizon-grid.png/'
+pictures:
+	( echo 'ldm() { $(LDM) "$$@"; }'; $(README_COMMAND); $(README_COMMAND) | $(FOUR_EACH) ) | sh -e
+
+notebooks:
+	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+runs: $(RUNS)/red-house.html $(RUNS)/samplers.html
+
+$(RUNS)/red-house.html: $(SOURCES)
+	mkdir -p $(RUNS)
+	$(LDM) explain "a red house on green grass at night" --seed 1 --compare-guidance-scale 1 -o $@
+
+$(RUNS)/samplers.html: $(SOURCES)
+	mkdir -p $(RUNS)
+	$(LDM) explain "calm sea at sunset with the sun on the left" --seed 1 --compare-sampler ddpm -o $@
+
+docs: runs
+	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build/html
