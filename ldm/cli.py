@@ -50,6 +50,14 @@ EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
 CONFIG_HELP = "a config.json like Horizon's, for weights of another size that bring none"
 EMA_HELP = "take the running mean of the UNet's weights; auto: if it is there (%(default)s)"
 STAGES = ("autoencoder", "clip", "diffusion")
+COMPARE_OPTIONS = {
+    "steps": int,
+    "sampler": str,
+    "guidance_scale": float,
+    "negative_prompt": str,
+    "eta": float,
+    "seed": int,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,30 +94,26 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("generate", help="draw pictures of a prompt")
     p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; several are fine")
     p.add_argument("-o", "--output", type=Path, help="PNG to write (default: from the prompt)")
-    p.add_argument("--steps", type=int, default=50, help="sampler steps, 1 to 1000 (%(default)s)")
-    p.add_argument("--sampler", default="ddim", help=f"{' or '.join(SAMPLERS)} (%(default)s)")
-    p.add_argument(
-        "--guidance-scale", type=float, default=7.5, help="how hard to follow it (%(default)s)"
-    )
-    p.add_argument("--negative-prompt", default="", help="what to move away from")
-    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 (%(default)s)")
-    p.add_argument("--seed", type=int, help="image i uses seed + i (default: drawn, and printed)")
+    add_run_options(p, seed_help="image i uses seed + i (default: drawn, and printed)")
     p.add_argument("--num-images", type=int, default=1, help="per prompt (%(default)s)")
-    p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
-    p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
-    p.add_argument("--weights", type=Path, help="a file or folder (default: Horizon, shipped)")
-    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
-    p.add_argument("--text", type=Path, help="another file with the text encoder")
-    p.add_argument("--config", type=Path, help=CONFIG_HELP)
-    p.add_argument("--ema", choices=EMA, default="auto", help=EMA_HELP)
-    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
-    p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
     p.add_argument("--grid", action="store_true", help="several pictures as one grid")
     p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
     p.add_argument(
         "--reproduce", default="", metavar="CODE", help="the seed's picture of compvis or diffusers"
     )
     p.set_defaults(run=generate, defaults={name: p.get_default(name) for name in RECIPE_OPTIONS})
+
+    p = commands.add_parser("explain", help="how a picture comes out of noise, as one HTML page")
+    p.add_argument("prompt", help="what to draw")
+    p.add_argument("-o", "--output", type=Path, help="HTML to write (default: from the prompt)")
+    p.add_argument("--compare", metavar="PROMPT", help="watch a second run, of this prompt, too")
+    add_run_options(p, seed_help="(default: drawn, and printed)")
+    second = p.add_argument_group(
+        "a second run", "to watch beside the first: of --compare's prompt, or the same, but with"
+    )
+    for name, kind in COMPARE_OPTIONS.items():
+        second.add_argument(f"--compare-{name.replace('_', '-')}", type=kind, metavar="OTHER")
+    p.set_defaults(run=explain)
 
     p = commands.add_parser("show", help="print how a picture was made")
     p.add_argument("image", type=Path)
@@ -160,12 +164,39 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance-scale", type=float, default=7.5, help="(%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of prompts and noise (%(default)s)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.add_argument(
+        "--attention",
+        action="store_true",
+        help="draw nothing: do words look at what they name, in --per-value scenes of each object?",
+    )
     p.add_argument("--json", action="store_true", help="for programs")
-    p.set_defaults(run=evaluate)
+    drawing = {name: p.get_default(name) for name in ("steps", "sampler", "guidance_scale")}
+    p.set_defaults(run=evaluate, drawing=drawing)
     return parser
 
 
-# --- generate and show -----------------------------------------------------------------------
+def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
+    """The settings of a run, and the model that draws it."""
+    p.add_argument("--steps", type=int, default=50, help="sampler steps, 1 to 1000 (%(default)s)")
+    p.add_argument("--sampler", default="ddim", help=f"{' or '.join(SAMPLERS)} (%(default)s)")
+    p.add_argument(
+        "--guidance-scale", type=float, default=7.5, help="how hard to follow it (%(default)s)"
+    )
+    p.add_argument("--negative-prompt", default="", help="what to move away from")
+    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--seed", type=int, help=seed_help)
+    p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--weights", type=Path, help="a file or folder (default: Horizon, shipped)")
+    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
+    p.add_argument("--text", type=Path, help="another file with the text encoder")
+    p.add_argument("--config", type=Path, help=CONFIG_HELP)
+    p.add_argument("--ema", choices=EMA, default="auto", help=EMA_HELP)
+    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
+
+
+# --- generate, explain and show --------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -388,6 +419,58 @@ def grid_columns(recipes: Sequence[Recipe]) -> int:
     return math.ceil(math.sqrt(len(recipes)))
 
 
+def explain(args: argparse.Namespace) -> int:
+    """Write a page that shows how one picture, or two, came out of noise."""
+    from ldm.viz import player
+
+    sources = open_model(
+        args.weights or ldm.shipped_weights(), asked_config(args), vae=args.vae, text=args.text
+    )
+    device = default_device() if args.device is None else check_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    first = {
+        **{name: getattr(args, name) for name in ("prompt", *COMPARE_OPTIONS, "height", "width")},
+        "seed": seed,
+    }
+    other = {name: getattr(args, f"compare_{name}") for name in COMPARE_OPTIONS}
+    different = {name: v for name, v in {"prompt": args.compare, **other}.items() if v is not None}
+    for settings in (first, first | different):
+        check_prompts(settings["prompt"], 1)
+        check_settings(
+            joint_config(sources),
+            num_images=1,
+            **{name: value for name, value in settings.items() if name != "prompt"},
+        )
+    if different and first | different == first:
+        raise ValueError("the second run would be the first again: change something in it")
+    path = page_path(args.output, args.prompt)
+    plans = plan_stages(sources, EMA[args.ema], require_tokenizer)
+    pipe = TextToImage.from_plans(plans, device=device, dtype=dtype)
+    if args.weights:
+        print(f"weights {pipe.origin}", file=sys.stderr)
+    if args.seed is None:
+        print(f"seed {seed}", file=sys.stderr)
+    player.explain(pipe, path=path, compare=different or None, progress=True, **first)
+    print(path)
+    return 0
+
+
+def page_path(output: Path | None, prompt: str) -> Path:
+    """Where a page goes; without a name, one made of the prompt that is not taken yet.
+
+    Raises:
+        ValueError: it could not be written there.
+    """
+    if output is None:
+        stems = (slug(prompt) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        output = next(p for p in (Path(f"{stem}.html") for stem in stems) if not p.exists())
+    elif output.suffix.lower() != ".html":
+        raise ValueError(f"the output must end in .html, not {output}")
+    check_writable(output)
+    return output
+
+
 def show(args: argparse.Namespace) -> int:
     """Print a picture's recipe, a line per setting."""
     for recipe in read_recipes(args.image):
@@ -463,12 +546,16 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print how well a model's pictures follow their prompts."""
+    """Print how well a model's pictures follow their prompts, or where its words look."""
     from ldm.train import evaluate as measure
+    from ldm.train.attention import AttentionResults, evaluate_attention
     from ldm.train.clip import PAIR_FILE, load_pair
 
     if args.per_value < 1:
         raise ValueError(f"--per-value must be 1 or more, not {args.per_value}")
+    for name, default in args.drawing.items() if args.attention else ():
+        if getattr(args, name) != default:
+            raise ValueError(f"--attention draws nothing: leave out --{name.replace('_', '-')}")
     weights = find_file(args.weights or ldm.shipped_weights())
     config = joint_config(open_model(weights))
     settings = {
@@ -487,8 +574,12 @@ def evaluate(args: argparse.Namespace) -> int:
         **settings,
     )
     pipe = ldm.load(weights, device=args.device, dtype=torch.float32)
-    pair_file = weights.parent / PAIR_FILE
-    pair = load_pair(pair_file, pipe.text) if pair_file.is_file() else None
-    results = measure.evaluate(pipe, pair, per_value=args.per_value, **settings)
+    results: measure.Results | AttentionResults
+    if args.attention:
+        results = evaluate_attention(pipe, per_value=args.per_value, seed=args.seed)
+    else:
+        pair_file = weights.parent / PAIR_FILE
+        pair = load_pair(pair_file, pipe.text) if pair_file.is_file() else None
+        results = measure.evaluate(pipe, pair, per_value=args.per_value, **settings)
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
     return 0
