@@ -88,7 +88,7 @@ SD_V1 = ModelConfig(name="sd-v1", image_size=512)
 
 HORIZON = ModelConfig(
     name="horizon",
-    image_size=64,
+    image_size=128,
     unet=UNetConfig(
         model_channels=64,
         channel_mult=(1, 2, 3),
@@ -98,20 +98,20 @@ HORIZON = ModelConfig(
         context_dim=128,
     ),
     vae=VAEConfig(
-        model_channels=32,
-        channel_mult=(1, 2, 2),
+        model_channels=16,
+        channel_mult=(1, 2, 4, 8),
         num_res_blocks=1,
-        norm_groups=16,
-        scaling_factor=0.5172,
+        norm_groups=8,
+        scaling_factor=0.27225,
     ),
     text=TextConfig(
-        vocab_size=695,  # 2 x 256 bytes, 181 merges, start and end
+        vocab_size=698,  # 2 x 256 bytes, 184 merges, start and end
         hidden_size=128,
         num_layers=4,
         num_heads=4,
         mlp_size=512,
         max_length=40,
-        bos_token_id=693,
-        eos_token_id=694,
+        bos_token_id=696,
+        eos_token_id=697,
     ),
 )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm.config import HORIZON
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -103,7 +105,7 @@ def test_an_installed_wheel_draws_with_the_weights_inside_it(wheel: Path, tmp_pa
     )
     path, size = python(program, tmp_path).splitlines()
     assert Path(path) == tmp_path / "ldm" / "weights" / "horizon" / "model.safetensors"
-    assert size == "(64, 64)"
+    assert size == str((HORIZON.image_size, HORIZON.image_size))
 
 
 def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path) -> None:
@@ -135,6 +137,7 @@ def test_the_readmes_two_commands_are_the_ones_that_are_run() -> None:
     tests = 'pip install -c constraints.txt -e ".[dev]" && pytest\n'
     assert f"```\n{tests}```" in readme
     assert (
-        '```\npip install -c constraints.txt . && ldm generate "green grass at night"\n' in readme
+        '```\npip install -c constraints.txt . && ldm generate "a red house on green grass at night"\n'
+        in readme
     )
     assert tests in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -209,13 +209,13 @@ def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> No
     last = json.loads((out / "diffusion.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3 and last["loss"] > 0
     pipe = ldm.load(out, device="cpu")
-    assert pipe("a red house", steps=2)[0].size == (64, 64)
+    assert pipe("a red house", steps=2)[0].size == (HORIZON.image_size, HORIZON.image_size)
     ema = torch.load(out / "diffusion.pt", weights_only=True)["ema"]["conv_in.weight"]
     assert torch.equal(pipe.unet.conv_in.weight, ema.half().float())  # what ships is the mean
     pair = load_pair(out / "clip.safetensors", pipe.text)
     mean = torch.load(out / "clip.pt", weights_only=True)["ema"]
     assert torch.equal(pair.image.project.weight, mean["image.project.weight"].half().float())
-    assert pair.embed_images(torch.zeros(1, 3, 64, 64)).shape == (1, HORIZON.text.hidden_size)
+    assert pair.embed_images(torch.zeros(1, 3, pair.image_size, pair.image_size)).shape == (1, HORIZON.text.hidden_size)
 
 
 @pytest.mark.parametrize("content", ["nothing", "garbage", "no metadata", "another width"])

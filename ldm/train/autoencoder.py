@@ -21,7 +21,7 @@ class AutoencoderSettings:
     """How the autoencoder is trained."""
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=1500, batch_size=32, learning_rate=1e-3)
+        default_factory=lambda: Optimisation(steps=4000, batch_size=16, learning_rate=1e-3)
     )
     image_size: int = HORIZON.image_size
     kl_weight: float = 1e-6

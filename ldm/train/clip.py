@@ -30,7 +30,7 @@ class CLIPSettings:
     """How the CLIP pair is trained."""
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=700, batch_size=128, learning_rate=1e-3)
+        default_factory=lambda: Optimisation(steps=1200, batch_size=128, learning_rate=1e-3)
     )
     image_size: int = 64
     """The image tower looks at half the size that the model draws at: it sees all it needs."""

@@ -25,7 +25,7 @@ class DiffusionSettings:
     """How the UNet is trained."""
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=4500, batch_size=64, learning_rate=6e-4)
+        default_factory=lambda: Optimisation(steps=6000, batch_size=64, learning_rate=6e-4)
     )
     image_size: int = HORIZON.image_size
     num_scenes: int = 30_000
