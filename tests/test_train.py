@@ -215,7 +215,8 @@ def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> No
     pair = load_pair(out / "clip.safetensors", pipe.text)
     mean = torch.load(out / "clip.pt", weights_only=True)["ema"]
     assert torch.equal(pair.image.project.weight, mean["image.project.weight"].half().float())
-    assert pair.embed_images(torch.zeros(1, 3, pair.image_size, pair.image_size)).shape == (1, HORIZON.text.hidden_size)
+    grey = torch.zeros(1, 3, pair.image_size, pair.image_size)
+    assert pair.embed_images(grey).shape == (1, HORIZON.text.hidden_size)
 
 
 @pytest.mark.parametrize("content", ["nothing", "garbage", "no metadata", "another width"])
