@@ -6,17 +6,14 @@ LDM = $(PYTHON) -c "import sys; from ldm.cli import main; sys.exit(main())"
 SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player.py ldm/viz/assets/*)
 RUNS = docs/_build/runs
 
-.PHONY: all pictures notebooks runs docs
-all: pictures notebooks docs
+.PHONY: all pictures runs docs
+all: pictures docs
 
 # The README's own command, word for word, and the same prompts with four seeds each.
 README_COMMAND = sed -n '/^ldm generate \\$$/,/-o docs\/images\/horizon.png$$/p' README.md
 FOUR_EACH = sed 's/--grid --seed 100 -o .*/--num-images 4 --grid --seed 0 -o docs\/images\/horizon-grid.png/'
 pictures:
 	( echo 'ldm() { $(LDM) "$$@"; }'; $(README_COMMAND); $(README_COMMAND) | $(FOUR_EACH) ) | sh -e
-
-notebooks:
-	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 runs: $(RUNS)/red-house.html $(RUNS)/samplers.html
 
