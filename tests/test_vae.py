@@ -107,7 +107,7 @@ def test_sizes_down_and_up_by_the_factor(height: int, width: int, device: str) -
 
 def test_factor_of_the_presets() -> None:
     assert SD_V1.vae.factor == 8
-    assert HORIZON.vae.factor == 4
+    assert HORIZON.vae.factor == 8
 
 
 def test_every_downsampling_of_the_encoder_pads_right_and_bottom_only() -> None:
