@@ -210,14 +210,14 @@ def grid(
     for text, x, width in zip(over, lefts, widths, strict=True):
         text.draw(pen, x + width / 2, top + over_height - 3 - text.height)
     y = top + over_height
-    for row, caption, below, high, full in zip(
+    for row, caption, beneath, high, full in zip(
         cells, left, under, heights, row_heights, strict=True
     ):
         middle = y + max(0, (high - caption.height) // 2)
         caption.draw(pen, MARGIN + left_width - GAP, middle, "r")
-        for image, text, x, width in zip(row, below, lefts, widths, strict=False):
+        for image, words, x, width in zip(row, beneath, lefts, widths, strict=False):
             sheet.paste(image, (x + (width - image.width) // 2, y + (high - image.height) // 2))
-            text.draw(pen, x + width / 2, y + high)
+            words.draw(pen, x + width / 2, y + high)
         y += full + GAP
     foot.draw(pen, MARGIN, y, "l")
     return sheet

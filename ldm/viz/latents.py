@@ -81,7 +81,8 @@ class LatentRGB:
             shapes = f"{list(latents.shape)} and {list(pictures.shape)}"
             raise ValueError(f"fitting needs (B, C, h, w) and (B, 3, H, W), not {shapes}")
         z = latents.detach().double().cpu().permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
-        small = F.adaptive_avg_pool2d(pictures.detach().double().cpu(), latents.shape[2:])
+        size = (latents.shape[2], latents.shape[3])
+        small = F.adaptive_avg_pool2d(pictures.detach().double().cpu(), size)
         y = small.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, 3)
         with_one = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
         # "gelsd" takes the smallest solution where there are many, as for a channel that is zero.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.samplers import Step, Steps
 from ldm.viz.grids import strip
@@ -97,7 +97,7 @@ def _cell(picture: Callable[[Step], Image]) -> Iterator[Callable[[Step], None]]:
     """One output of the notebook cell that runs, replaced by each step's picture."""
     from IPython.display import DisplayHandle
 
-    handle = DisplayHandle()
+    handle: Any = DisplayHandle()  # IPython gives its methods no types
     shown = False
 
     def see(step: Step) -> None:

@@ -439,7 +439,7 @@ def page_of(films: Sequence[Film], alpha_bar: Sequence[float], fineness: Finenes
         "runs": [film_data(one, fineness) for one in films],
         "headings": headings(films) if len(films) > 1 else [""],
         "timeline": positions,
-        "apart": apart(*films, positions) if len(films) > 1 else None,
+        "apart": apart(films[0], films[1], positions) if len(films) > 1 else None,
         "schedule": schedule_curve(alpha_bar),
         "t_max": len(alpha_bar) - 1,
     }
