@@ -7,6 +7,7 @@ could not see what stands behind those layers. Here every parameter is drawn.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from ldm.checkpoint import build_stage, config_to_json, save_checkpoint
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.keys import key_map
+from ldm.pipeline import TextToImage
+from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
 
 STAGES = ("unet", "vae", "text")
@@ -317,3 +320,22 @@ def assert_filled(model: nn.Module, tensors: Mapping[str, Tensor], dtype=torch.f
         assert torch.equal(state[ours].cpu(), expected), ours
     everything = [*model.parameters(), *model.buffers()]
     assert not any(tensor.is_meta for tensor in everything)
+
+
+def pipe_that_reads(*, channel_mult: tuple[int, ...], max_length: int) -> TextToImage:
+    """A random model with a tokenizer, and attention at every level."""
+    config = tiny_config()
+    levels = tuple(range(len(channel_mult)))
+    unet = dataclasses.replace(config.unet, channel_mult=channel_mult, attention_levels=levels)
+    tokenizer = Tokenizer.train(["a red house and the blue sea", "a red house"] * 5, 600)
+    text = dataclasses.replace(
+        config.text,
+        max_length=max_length,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = dataclasses.replace(config, unet=unet, text=text)
+    stages = {name: random_stage(name, config, tokenizer=tokenizer) for name in ("unet", "text")}
+    vae = random_stage("vae", config)
+    return TextToImage(stages["unet"], vae, stages["text"], NoiseSchedule(config.schedule), config)

@@ -27,11 +27,10 @@ from PIL import Image
 from ldm import cli
 from ldm.pipeline import TextToImage
 from ldm.schedule import NoiseSchedule
-from ldm.tokenizer import Tokenizer
 from ldm.tracing import Trace, Word
 from ldm.viz import player
 from ldm.viz.player import Film, explain, film, player_html
-from tests.helpers import randn, random_stage, rng, tiny_config, tiny_model
+from tests.helpers import pipe_that_reads, randn, rng, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red house, and a house </script><img src=x onerror=alert(1)> & {{data}}"
@@ -39,27 +38,10 @@ SETTINGS: dict[str, Any] = {"steps": 6, "seed": 5, "guidance_scale": 3.0, "heigh
 ALPHA_BAR = NoiseSchedule().alpha_bar.tolist()
 
 
-def small_pipe() -> TextToImage:
-    """A random model with attention at two sizes, of which none is a square."""
-    config = tiny_config()
-    unet = dataclasses.replace(config.unet, attention_levels=(0, 1))
-    tokenizer = Tokenizer.train(["a red house and the blue sea", "a red house"] * 5, 600)
-    text = dataclasses.replace(
-        config.text,
-        max_length=64,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = dataclasses.replace(config, unet=unet, text=text)
-    stages = {name: random_stage(name, config, tokenizer=tokenizer) for name in ("unet", "text")}
-    vae = random_stage("vae", config)
-    return TextToImage(stages["unet"], vae, stages["text"], NoiseSchedule(config.schedule), config)
-
-
 @pytest.fixture(scope="module")
 def pipe() -> TextToImage:
-    return small_pipe()
+    """A random model with attention at two sizes, of which none is a square."""
+    return pipe_that_reads(channel_mult=(1, 2), max_length=64)
 
 
 @pytest.fixture(scope="module")

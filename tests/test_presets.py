@@ -30,6 +30,7 @@ from ldm.presets import (
 )
 from ldm.samplers import ddim, ddpm, draw_noise
 from ldm.schedule import NoiseSchedule
+from tests import oracle_configs
 from tests.helpers import randn, relative_error, rng, tiny_model
 
 # Both sides in fp32 with the same weights and noise. Their sums are in another order, 6e-8 each,
@@ -77,25 +78,15 @@ def theirs(folder: Path) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from tests.helpers import tiny_config
-    from tests.parity import test_unet_parity, test_vae_parity
 
     config, weights = tiny_config(), load_file(folder / "model.safetensors")
-    unet_config = test_unet_parity.oracle_config(config.unet)
+    unet_config = oracle_configs.unet(config.unet)
     unet = diffusers.UNet2DConditionModel(**unet_config)
     unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(weights), unet_config))
-    vae_config = test_vae_parity.oracle_config(config.vae)
+    vae_config = oracle_configs.vae(config.vae)
     vae = diffusers.AutoencoderKL(**vae_config)
     vae.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(weights), vae_config))
-    CLIPTextConfig(
-        vocab_size=config.text.vocab_size,
-        hidden_size=config.text.hidden_size,
-        intermediate_size=config.text.mlp_size,
-        num_hidden_layers=config.text.num_layers,
-        num_attention_heads=config.text.num_heads,
-        max_position_embeddings=config.text.max_length,
-        bos_token_id=config.text.bos_token_id,
-        eos_token_id=config.text.eos_token_id,
-    ).save_pretrained(folder / "clip_config")
+    CLIPTextConfig(**oracle_configs.text(config.text)).save_pretrained(folder / "clip_config")
     text = convert.create_diffusers_clip_model_from_ldm(
         CLIPTextModel, dict(weights), config=str(folder / "clip_config"), local_files_only=True
     )

@@ -19,10 +19,9 @@ from torch import Tensor
 import ldm
 from ldm.observe import record
 from ldm.pipeline import TextToImage
-from ldm.schedule import NoiseSchedule
-from ldm.tokenizer import BOS, EOS, Tokenizer
+from ldm.tokenizer import BOS, EOS
 from ldm.tracing import Trace, Word, daam, group_words, map_size, prompt_to_prompt, trace
-from tests.helpers import random_stage, relative_error, tiny_config
+from tests.helpers import pipe_that_reads, relative_error
 
 PROMPT = "a red house, and a bluish house"
 SETTINGS = {"steps": 3, "seed": 5, "guidance_scale": 3.0, "height": 20, "width": 12}
@@ -34,20 +33,7 @@ FP16 = dict(rtol=2**-10, atol=1e-6)
 @pytest.fixture(scope="module")
 def pipe() -> TextToImage:
     """A random model with attention at three sizes, of which none is a square."""
-    config = tiny_config()
-    unet = dataclasses.replace(config.unet, channel_mult=(1, 2, 2), attention_levels=(0, 1, 2))
-    tokenizer = Tokenizer.train(["a red house and the blue sea", "a red house"] * 5, 600)
-    text = dataclasses.replace(
-        config.text,
-        max_length=16,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = dataclasses.replace(config, unet=unet, text=text)
-    stages = {name: random_stage(name, config, tokenizer=tokenizer) for name in ("unet", "text")}
-    vae = random_stage("vae", config)
-    return TextToImage(stages["unet"], vae, stages["text"], NoiseSchedule(config.schedule), config)
+    return pipe_that_reads(channel_mult=(1, 2, 2), max_length=16)
 
 
 @pytest.fixture(scope="module")

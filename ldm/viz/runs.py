@@ -1,7 +1,5 @@
-"""What a run is to the pictures of it: a `Trace`, or the list of its `Step`s.
-
-run = list(pipe.denoise("a red house", steps=20))
-"""
+"""What a run is to the pictures of it: a `Trace`, or the list of its `Step`s, as in
+`list(pipe.denoise("a red house", steps=20))`."""
 
 from __future__ import annotations
 

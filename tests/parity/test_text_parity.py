@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_text_encoder
 from ldm.text import CLIPTextEncoder
+from tests import oracle_configs
 from tests.helpers import relative_error, rng, small_config, text_in_fp64
 from tests.parity import assert_parity, only_small
 
@@ -29,22 +30,8 @@ def oracle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Mod
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # What openai/clip-vit-large-patch14 says, but for the sizes; the end token is its real 49407's
-    # counterpart, since `eos_token_id=2` (an old default) is a special case in transformers.
-    config = small_config().text
     folder = tmp_path_factory.mktemp("clip_config")
-    CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=config.max_length,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-    ).save_pretrained(folder)
+    CLIPTextConfig(**oracle_configs.text(small_config().text)).save_pretrained(folder)
     return create_diffusers_clip_model_from_ldm(
         CLIPTextModel, load_file(checkpoint), config=str(folder), local_files_only=True
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_unet
 from ldm.config import UNetConfig
 from ldm.unet import UNet
+from tests import oracle_configs
 from tests.helpers import randn, relative_error, small_config
 from tests.parity import assert_parity, only_small
 
@@ -22,22 +23,6 @@ diffusers = pytest.importorskip("diffusers")
 # A square picture of 128 pixels, and one of 520 x 584: 65 x 73 latents, odd at every level.
 SIZES = [(16, 16), (65, 73)]
 Outputs = dict[str, Tensor]
-
-
-def oracle_config(config: UNetConfig) -> dict[str, Any]:
-    levels = range(len(config.channel_mult))
-    down = [f"{'CrossAttn' * (i in config.attention_levels)}DownBlock2D" for i in levels]
-    return dict(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=[config.model_channels * m for m in config.channel_mult],
-        down_block_types=down,
-        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-        layers_per_block=config.num_res_blocks,
-        cross_attention_dim=config.context_dim,
-        attention_head_dim=config.num_heads,  # diffusers' name for the number of heads, in SD v1
-        norm_num_groups=config.norm_groups,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +34,7 @@ def ours(checkpoint: Path) -> UNet:
 def oracle(checkpoint: Path) -> nn.Module:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    config = oracle_config(small_config().unet)
+    config = oracle_configs.unet(small_config().unet)
     model = diffusers.UNet2DConditionModel(**config)
     weights = convert_ldm_unet_checkpoint(load_file(checkpoint), config)
     model.load_state_dict(weights, strict=True)

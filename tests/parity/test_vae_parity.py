@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.checkpoint import load_vae
-from ldm.config import VAEConfig
 from ldm.vae import AutoencoderKL, Posterior
+from tests import oracle_configs
 from tests.helpers import randn, relative_error, small_config
 from tests.parity import assert_parity, only_small
 
@@ -21,20 +20,6 @@ diffusers = pytest.importorskip("diffusers")
 
 # A square picture, and one whose latents are odd in height and width (9 x 13).
 SIZES = [(64, 64), (72, 104)]
-
-
-def oracle_config(config: VAEConfig) -> dict[str, Any]:
-    levels = len(config.channel_mult)
-    return dict(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        latent_channels=config.latent_channels,
-        block_out_channels=[config.model_channels * m for m in config.channel_mult],
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.norm_groups,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +31,7 @@ def ours(checkpoint: Path) -> AutoencoderKL:
 def oracle(checkpoint: Path) -> nn.Module:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    config = oracle_config(small_config().vae)
+    config = oracle_configs.vae(small_config().vae)
     model = diffusers.AutoencoderKL(**config)
     model.load_state_dict(convert_ldm_vae_checkpoint(load_file(checkpoint), config), strict=True)
     return model.eval()
