@@ -25,10 +25,10 @@ class DiffusionSettings:
     """How the UNet is trained."""
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=6000, batch_size=64, learning_rate=6e-4)
+        default_factory=lambda: Optimisation(steps=11000, batch_size=64, learning_rate=6e-4)
     )
     image_size: int = HORIZON.image_size
-    num_scenes: int = 30_000
+    num_scenes: int = 40_000
     """How many scenes are drawn and encoded, once, before the first step."""
     caption_dropout: float = 0.1
     """How often a caption is left empty: the model learns to draw without words as well, which
@@ -36,8 +36,10 @@ class DiffusionSettings:
     snr_gamma: float = 5.0
     """Nearly clean latents count less: min(SNR, gamma) / SNR (Hang et al. 2023,
     arXiv:2303.09556, section 3.4)."""
-    object_weight: float = 1.0
-    """How much more a latent of a house, tree, sun or moon counts."""
+    object_weight: float = 3.0
+    """How much more a latent of a house, tree, sun or moon counts where there is no noise. It fades
+    with alpha_bar: a weight that depends on x0 moves the mean that the model learns, and while
+    the noise hides where the object is, that would be towards an object in every such place."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ def train_diffusion(
         ]
         chosen = torch.from_numpy(index)
         x0 = data.latents[chosen]
-        weight = 1.0 + settings.object_weight * data.objects[chosen]  # (B, 1, h, w)
         t = torch.randint(len(schedule.alpha_bar), (s.batch_size,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
+        alpha_bar = schedule.alpha_bar[t].to(x0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
         with fast_step(state.device):
             with torch.no_grad():
@@ -104,9 +106,9 @@ def train_diffusion(
             t = t.to(x0.device)
             eps = state.model(schedule.add_noise(x0, noise, t), t, context)
         error = (eps.float() - noise).square()  # (B, C, h, w)
-        alpha_bar = schedule.alpha_bar.to(x0.device)[t]
         snr = alpha_bar / (1 - alpha_bar)
-        balance = snr.clamp(max=settings.snr_gamma) / snr  # (B,)
-        loss = (balance.view(-1, 1, 1, 1) * weight * error).mean() / weight.mean()
+        balance = snr.clamp(max=settings.snr_gamma) / snr  # (B, 1, 1, 1)
+        weight = 1.0 + settings.object_weight * alpha_bar * data.objects[chosen]  # (B, 1, h, w)
+        loss = (balance * weight * error).mean() / weight.mean()
         state.update(loss)
         yield Record(state.step, {"loss": loss.item(), "mse": error.mean().item()})
