@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "_templates", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_templates", "measured", "**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
 
 # --- Pages and notebooks -----------------------------------------------------------------------

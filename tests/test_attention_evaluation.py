@@ -154,6 +154,22 @@ def test_the_mean_is_over_single_layers_and_timesteps() -> None:
     assert cells["all t"].own != pytest.approx(expected)  # that one is of the mean map
 
 
+def test_where_a_word_points_best_is_chosen_on_other_scenes_than_it_is_measured_on() -> None:
+    masks = boxes()
+    right, wrong = looks_of(masks, masks), looks_of(masks.roll(1, dims=0), masks)
+    maps = {layer: m.clone() for layer, m in wrong.maps.items()}
+    maps["layer8"][:, 2] = right.maps["layer8"][:, 2]
+    found = overlaps(Looks(maps, masks, (16, 16)), [1, 2, 3], seed=0).sharpest
+    assert (found.layer, found.timestep, found.scenes) == ("layer8 (8x8)", "t = 3", 12)
+    assert found.overlap.own == pytest.approx(1.0) and found.overlap.points
+
+    maps["layer4"][::2, 0] = right.maps["layer4"][::2, 0]  # right on the scenes that choose...
+    maps["layer8"][::2, 2] = wrong.maps["layer8"][::2, 2]
+    lucky = overlaps(Looks(maps, masks, (16, 16)), [1, 2, 3], seed=0).sharpest
+    assert (lucky.layer, lucky.timestep) == ("layer4 (4x4)", "t = 1")
+    assert lucky.overlap.own < 0.3 and not lucky.overlap.points  # ... and on no others
+
+
 def test_joint_maps_are_those_of_the_papers() -> None:
     maps = {
         "a": randn(2, 5, 8, 8).abs(),
@@ -352,6 +368,8 @@ def test_the_command_prints_the_table_and_json(
     assert set(results["words"]) <= {name + end for name in NAMES for end in ("", PLACE)}
     tree = results["words"]["tree"]
     assert tree["scenes"] >= 2 and 0 <= tree["mean"]["own"] <= 1
+    there = tree["sharpest"]
+    assert f"| tree | {there['layer']} | {there['timestep']} | {there['scenes']} | " in text
     line = f"| tree | {tree['scenes']} | {tree['mean']['own']:.3f} | {tree['mean']['others']:.3f} |"
     assert line in text
     cells = tree["table"]["mid (4x4)"]

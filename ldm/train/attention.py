@@ -13,6 +13,10 @@ k places that it covers most.
 **What would be luck.** Every map is also held against the masks of all other scenes that show such
 a thing, by the same rule. Who only knows where trees usually stand does equally well on both.
 
+**Where a word points best.** No layer serves every word, and none serves one at every timestep. So
+each word also has the layer and timestep where its maps are furthest above luck. They are chosen on
+every other scene and measured on the rest: on the same scenes, luck itself would be chosen.
+
 **Which words.** "tree", and "tree + place": all words from the noun to the one that says where.
 CLIP reads from left to right, so that what follows "tree" is not yet known there: in "a tree on the
 left" only "left" knows both what to draw and where.
@@ -96,12 +100,29 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class Sharpest:
+    """The layer and timestep at which a word points best, chosen on half of the scenes, and its
+    overlap on the other half."""
+
+    layer: str
+    timestep: str
+    scenes: int
+    overlap: Overlap
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        where = {"layer": self.layer, "timestep": self.timestep, "scenes": self.scenes}
+        return where | self.overlap.as_dict()
+
+
+@dataclass(frozen=True)
 class WordOverlaps:
     """How well one kind of word points.
 
     Attributes:
         scenes: how many say it.
         mean: over all layers and timesteps, each map on its own.
+        sharpest: where it points best.
         best: the ratio that maps would have which equal the masks; NaN where no two overlap.
         table: {row: {column: Overlap}}. A row is a layer, or several as one map (`joint_rows`); a
             column is a timestep, or all of them (the mean of the maps).
@@ -109,6 +130,7 @@ class WordOverlaps:
 
     scenes: int
     mean: Overlap
+    sharpest: Sharpest
     best: float
     table: Mapping[str, Mapping[str, Overlap]]
 
@@ -126,6 +148,7 @@ class AttentionResults:
             name: {
                 "scenes": word.scenes,
                 "mean": word.mean.as_dict(),
+                "sharpest": word.sharpest.as_dict(),
                 "best_ratio": none_for_nan(word.best),
                 "table": {
                     row: {column: cell.as_dict() for column, cell in cells.items()}
@@ -145,6 +168,9 @@ class AttentionResults:
             "others' and more, and a difference whose 95% bootstrap interval is above 0. Best: "
             "the ratio of maps that equal the masks.",
             overview(self.words),
+            "Where each points best, a layer and a timestep chosen on every other scene and "
+            "measured on the rest:",
+            sharpest_table(self.words),
         ]
         for name, word in self.words.items():
             parts += [f"{name}, by layer and timestep (own / others):", table(word)]
@@ -168,14 +194,35 @@ def overview(words: Mapping[str, WordOverlaps]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, word in words.items():
-        mean = word.mean
-        mark = "**" if mean.points else ""
-        lines.append(
-            f"| {name} | {word.scenes} | {mean.own:.3f} | {mean.others:.3f} "
-            f"| {mark}{mean.ratio:.2f}{mark} | {word.best:.2f} "
-            f"| {mean.own - mean.others:+.3f} ({mean.low:+.3f} to {mean.high:+.3f}) |"
-        )
+        *ious, difference = cells_of(word.mean)
+        cells = (name, str(word.scenes), *ious, f"{word.best:.2f}", difference)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def sharpest_table(words: Mapping[str, WordOverlaps]) -> str:
+    """The same of each word's best layer and timestep."""
+    lines = [
+        "| words | layer | timestep | scenes | IoU | with others | ratio "
+        "| difference, 95% interval |",
+        f"|{' --- |' * 8}",
+    ]
+    for name, word in words.items():
+        there = word.sharpest
+        cells = (name, there.layer, there.timestep, str(there.scenes), *cells_of(there.overlap))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cells_of(overlap: Overlap) -> tuple[str, str, str, str]:
+    """Both IoUs, their ratio and their difference, as cells of a Markdown table."""
+    mark = "**" if overlap.points else ""
+    return (
+        f"{overlap.own:.3f}",
+        f"{overlap.others:.3f}",
+        f"{mark}{overlap.ratio:.2f}{mark}",
+        f"{overlap.own - overlap.others:+.3f} ({overlap.low:+.3f} to {overlap.high:+.3f})",
+    )
 
 
 def table(word: WordOverlaps) -> str:
@@ -338,31 +385,45 @@ def watch(
 def overlaps(looks: Looks, timesteps: Sequence[int], seed: int) -> WordOverlaps:
     """Every layer and timestep, alone and together, held against the masks."""
     n = len(looks.masks)
-    counts = resamples(n, np.random.default_rng(seed))
-    columns = [*(f"t = {t}" for t in timesteps), "all t"]
+    rng = np.random.default_rng(seed)
+    counts = resamples(n, rng)
+    times = [f"t = {t}" for t in timesteps]
     layers = layer_rows(looks)
-    cells: dict[str, dict[str, Overlap]] = {}
-    single: list[tuple[Array, Array]] = []
+    compared: dict[str, dict[str, tuple[Array, Array]]] = {}  # own and others', (n,) each
     luck: list[float] = []  # the others' IoU of maps that equal the masks, layer by layer
     for row, maps in (layers | joint_rows(looks)).items():
         covered = coverage(looks.masks, (maps.shape[2], maps.shape[3]))
         masks = most_covered(covered)  # (n, places)
         every = torch.cat([maps, maps.mean(dim=1, keepdim=True)], dim=1).flatten(2)
-        compared = [own_and_others(pairwise_iou(m, masks)) for m in every.unbind(dim=1)]
-        cells[row] = {
-            column: summed_up(*pair, counts) for column, pair in zip(columns, compared, strict=True)
+        compared[row] = {
+            column: own_and_others(pairwise_iou(m, masks))
+            for column, m in zip([*times, "all t"], every.unbind(dim=1), strict=True)
         }
         if row in layers:
-            single += compared[:-1]
             luck.append(float(own_and_others(pairwise_iou(covered, masks))[1].mean()))
-    own = np.mean([own for own, _ in single], axis=0)  # (n,)
-    others = np.mean([others for _, others in single], axis=0)
+    single = {(layer, time): compared[layer][time] for layer in layers for time in times}
+    own, others = np.mean(list(single.values()), axis=0)  # (n,) each
     return WordOverlaps(
         scenes=n,
         mean=summed_up(own, others, counts),
+        sharpest=sharpest(single, rng),
         best=ratio(1.0, float(np.mean(luck))),
-        table=cells,
+        table={
+            row: {column: summed_up(*pair, counts) for column, pair in cells.items()}
+            for row, cells in compared.items()
+        },
     )
+
+
+def sharpest(
+    single: Mapping[tuple[str, str], tuple[Array, Array]], rng: np.random.Generator
+) -> Sharpest:
+    """The (layer, timestep) that is most above luck on the scenes of even number, measured on those
+    of odd number."""
+    layer, time = max(single, key=lambda where: np.subtract(*single[where])[::2].mean())
+    own, others = (iou[1::2] for iou in single[layer, time])
+    overlap = summed_up(own, others, resamples(len(own), rng))
+    return Sharpest(layer, time, len(own), overlap)
 
 
 def layer_rows(looks: Looks) -> dict[str, Tensor]:
