@@ -6,14 +6,21 @@ LDM = $(PYTHON) -c "import sys; from ldm.cli import main; sys.exit(main())"
 SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player.py ldm/viz/assets/*)
 RUNS = docs/_build/runs
 
-.PHONY: all pictures runs docs
-all: pictures docs
+.PHONY: all pictures attention notebooks runs docs
+all: pictures attention notebooks docs
 
 # The README's own command, word for word, and the same prompts with four seeds each.
 README_COMMAND = sed -n '/^ldm generate \\$$/,/-o docs\/images\/horizon.png$$/p' README.md
 FOUR_EACH = sed 's/--grid --seed 100 -o .*/--num-images 4 --grid --seed 0 -o docs\/images\/horizon-grid.png/'
 pictures:
 	( echo 'ldm() { $(LDM) "$$@"; }'; $(README_COMMAND); $(README_COMMAND) | $(FOUR_EACH) ) | sh -e
+
+attention:
+	$(LDM) evaluate --attention > docs/measured/attention.md.new
+	mv docs/measured/attention.md.new docs/measured/attention.md
+
+notebooks:
+	$(PYTHON) -m tests.notebooks
 
 runs: $(RUNS)/red-house.html $(RUNS)/samplers.html
 

@@ -49,6 +49,7 @@ def copy_notebooks() -> None:
             old.unlink()
     for name, path in notebooks.items():
         text = path.read_text(encoding="utf-8").replace("](../docs/", "](docs/")
+        text = text.replace("](../weights/horizon/README.md)", "](docs/horizon.md)")
         text = text.replace("](../", "](../../").replace("](docs/", "](../")
         copy = target / name
         if not copy.exists() or copy.read_text(encoding="utf-8") != text:

@@ -21,6 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "full_size: Stable Diffusion v1 at its real size: minutes, 12 GB of memory"
     )
+    config.addinivalue_line(
+        "markers", "notebooks: runs the notebooks that take longest: minutes in all"
+    )
     # TensorFloat-32 keeps 10 bits of a product: no fp32 tolerance of these tests would hold.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
