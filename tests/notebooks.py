@@ -70,6 +70,7 @@ def executed(path: Path, folder: Path) -> Any:
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
+        startup_timeout=CELL_SECONDS,  # a busy machine needs more than the minute it would have
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,

@@ -14,7 +14,7 @@ import pytest
 
 from tests import notebooks
 
-ALWAYS = ("01", "02", "10")  # the three that take least
+ALWAYS = ("06", "08", "09")  # the three that take least
 CI_ONLY = pytest.mark.notebooks
 PATHS = sorted(notebooks.FOLDER.glob("*.ipynb"))
 MISSING = [
@@ -122,7 +122,8 @@ def test_a_run_keeps_outputs_and_nothing_that_changes(tmp_path):
     assert [cell.id for cell in notebook.cells] == ["cell-01", "cell-02"]
     assert all(cell.metadata == {} for cell in notebook.cells)
     shown, *_ = notebook.cells[0].outputs
-    assert shown.data["text/plain"] == "<object object>"  # no address
+    assert shown.data["text/plain"].startswith("<object")
+    assert "0x" not in shown.data["text/plain"]  # no address
     printed, picture = notebook.cells[1].outputs
     assert printed.text == "one\ntwo\n"
     assert set(picture.data) == {"text/plain", "image/png"}  # and no JPEG beside it
