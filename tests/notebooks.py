@@ -78,7 +78,13 @@ def executed(path: Path, folder: Path) -> Any:
     )
     # The library of this checkout, wherever the kernel starts, and nothing from a network.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # Two threads that wait for each other stand still when another program takes a core: a notebook
+    # of a minute then takes ten.
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     try:
         client.execute(env=env)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
