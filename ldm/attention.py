@@ -32,6 +32,13 @@ class AttentionWeights(nn.Module):
         # Scaled before the product, which could overflow in half precision.
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the queries fetch, weights @ v: v (B, heads, M, d) -> (B, heads, N, d)."""
+        # The fast kernel never writes the weights down, so it cannot show them.
+        if self.is_watched:
+            return self(q, k) @ v
+        return F.scaled_dot_product_attention(q, k, v)  # the same
+
     def output_bytes(self, q: Tensor, k: Tensor) -> int:
         """The size of the weights, before there are any: they can be larger than the model."""
         return q.shape[:-1].numel() * k.shape[-2] * q.element_size()
@@ -61,11 +68,7 @@ class Attention(nn.Module):
             rearrange(a, "b n (heads d) -> b heads n d", heads=self.num_heads)
             for a in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (B, heads, N or M, dim / heads)
-        # The fast kernel never writes the weights down, so it cannot show them.
-        if self.weights.is_watched:
-            h = self.weights(q, k) @ v  # (B, heads, N, dim / heads)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)  # the same
+        h = self.weights.attend(q, k, v)  # (B, heads, N, dim / heads)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))  # (B, N, dim)
 
 

@@ -39,6 +39,7 @@ from ldm.errors import (
 )
 from ldm.files import written_whole
 from ldm.keys import POSITION_IDS, PREFIXES, computed_entries, key_map, schedule_entries
+from ldm.memory import release
 from ldm.recognise import (
     ema_name,
     ignored_in,
@@ -556,6 +557,7 @@ def read(place: Place, device: torch.device, dtype: torch.dtype, check: bool) ->
         mapped = entry.map()
         if check:
             check_finite(place, mapped, mapped)
+            release(mapped)  # a stage takes memory when it runs, not before
         return mapped
     return copied(place, dtype, check).to(device)
 

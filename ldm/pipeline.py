@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.checkpoint import Origin, Plan, fill, joint_config, origin, save_checkpoint
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype
+from ldm.fast import optimize, rest
 from ldm.files import check_writable
 from ldm.presets import MAX_SEED, OURS, PRESETS, check_preset
 from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SAMPLERS = OURS.samplers
+LARGE = 30_000_000
+"""From how many parameters on a stage gains by `optimize`; smaller ones spend time on calls."""
 
 
 class TextToImage:
@@ -42,7 +45,10 @@ class TextToImage:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
+        low_memory: see `optimize`.
     """
+
+    low_memory = False
 
     def __init__(
         self,
@@ -101,6 +107,26 @@ class TextToImage:
         dtype = self.dtype if dtype is None else check_dtype(dtype)
         for stage in (self.unet, self.vae, self.text):
             stage.to(device=device, dtype=dtype)
+        return self
+
+    def optimize(self, *, low_memory: bool = False) -> Self:
+        """Draw the same pictures faster, from now on. Returns the pipeline itself.
+
+        On a CPU, in float32 and without gradients, other kernels compute the same sums in another
+        order (see `ldm.fast`): latents differ by some 1e-5 of their standard deviation, pictures
+        by a grey level here and there. Weights, names and recordings stay what they are, and
+        whatever cannot be faster is computed as before: on other devices everything, and stages
+        as small as Horizon's.
+
+        Args:
+            low_memory: give back a stage's memory when its work is done, as far as the weights are
+                on a mapped file. The next picture reads them again, from the system's cache if
+                there is room for that: about a second for Stable Diffusion v1.
+        """
+        self.low_memory = low_memory
+        for stage in (self.unet, self.vae, self.text):
+            if sum(weight.numel() for weight in stage.parameters()) >= LARGE:
+                optimize(stage)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -230,6 +256,8 @@ class TextToImage:
         """The text states of prompts, (B, max_length, context_dim). An equal prompt is encoded
         once, and alone, so that an image does not depend on its neighbours in the batch."""
         states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
+        if self.low_memory:
+            rest(self.text)
         return torch.cat([states[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -240,11 +268,15 @@ class TextToImage:
         """
         from PIL import Image
 
+        if self.low_memory:
+            rest(self.unet)
         images = []
         for z in latents.to(self.device, self.dtype).split(1):
             y = self.vae.decode(z / self.vae.config.scaling_factor).float()[0]  # (3, H, W)
             levels = ((y + 1) / 2).clamp(0, 1).mul(255).round().byte()
             images.append(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()))
+        if self.low_memory:
+            rest(self.vae)
         return images
 
     @torch.no_grad()

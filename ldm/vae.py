@@ -209,10 +209,7 @@ class ConvAttention(nn.Module):
             rearrange(a, "b c h w -> b 1 (h w) c")
             for a in (self.to_q(h), self.to_k(h), self.to_v(h))
         )  # (B, 1, h w, C)
-        if self.weights.is_watched:
-            h = self.weights(q, k) @ v  # (B, 1, h w, C)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)  # the same
+        h = self.weights.attend(q, k, v)  # (B, 1, h w, C)
         return x + self.to_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 

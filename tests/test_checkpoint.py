@@ -634,9 +634,14 @@ linux = pytest.mark.skipif(
 )
 
 
+# What stays on the mapped file is looked at, tensor by tensor, and given back until it is used; the
+# largest tensor and what Python imports are some hundredths.
+ON_THE_FILE = 0.3
+
+
 @linux
-@pytest.mark.parametrize("dtype, bound", [("float32", 1.05), ("float16", 0.6)])
-def test_loading_takes_the_memory_of_what_is_loaded(large, dtype: str, bound: float) -> None:
+@pytest.mark.parametrize("dtype, bound", [("float32", ON_THE_FILE), ("float16", 0.6)])
+def test_loading_takes_the_memory_of_what_is_copied(large, dtype: str, bound: float) -> None:
     assert peak_over_fp32(large[0], dtype) <= bound
 
 
@@ -647,7 +652,7 @@ def test_what_is_not_loaded_costs_no_memory(large, tmp_path: Path) -> None:
     states = {f"optimizer_states.{n}": value + 1 for n, value in enumerate(large[1].values())}
     write_weights(path, tensors | states, config=LARGE)
     assert path.stat().st_size > 2.9 * large[0].stat().st_size
-    assert peak_over_fp32(path, "float32") <= 1.05
+    assert peak_over_fp32(path, "float32") <= ON_THE_FILE
     path.unlink()
 
 

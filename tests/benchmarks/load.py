@@ -69,7 +69,9 @@ def benchmark(
     read: bool = False,
 ) -> Benchmark:
     asked = dict(stages=stages, dtype=dtype, read=read)
-    return Benchmark(name, partial(ours, **asked, check=check), partial(theirs, **asked))
+    return Benchmark(
+        name, partial(ours, **asked, check=check), partial(theirs, **asked), fresh=True
+    )
 
 
 BENCHMARKS = (
