@@ -60,7 +60,7 @@ WORTHWHILE = 1 << 16
 
 def optimize(model: nn.Module) -> None:
     """Let a stage of ours compute faster, in place. Its parameters, names and hooks stay what they
-    are; to call it again changes nothing."""
+    are; to call it again changes nothing. What this process frees it keeps from now on."""
     if not has_onednn():
         return
     keep_freed()
@@ -198,9 +198,9 @@ class FastFeedForward(FeedForward):
     the gate's own memory takes their product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or is_watched(self):
+        if is_watched(self) or not suits_onednn(x, self.proj_in.weight):
             return super().forward(x)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows = max(1, BLOCK // self.proj_in.out_features)
         pieces = zip(x.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True)
         for some, done in pieces:  # (rows, dim) each
@@ -243,15 +243,13 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 NO_ACTIVATION: tuple[str, list[float], str] = ("none", [], "")
 ADD: tuple[Any, ...] = ("add", 1.0, None, [], None)  # to what is there, once, without activation
 PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a pixel in its square of four
+Pair = tuple[int, int]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, by oneDNN: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *NO_ACTIVATION)
     return result
-
-
-Pair = tuple[int, int]
 
 
 def places(x: Tensor) -> int:

@@ -116,12 +116,12 @@ class TextToImage:
         order (see `ldm.fast`): latents differ by some 1e-5 of their standard deviation, pictures
         by a grey level here and there. Weights, names and recordings stay what they are, and
         whatever cannot be faster is computed as before: on other devices everything, and stages
-        as small as Horizon's.
+        as small as Horizon's. Memory that is freed stays with the process, to be used again.
 
         Args:
-            low_memory: give back a stage's memory when its work is done, as far as the weights are
-                on a mapped file. The next picture reads them again, from the system's cache if
-                there is room for that: about a second for Stable Diffusion v1.
+            low_memory: give back a stage's memory when its work is done: what was freed, and
+                weights that are on a mapped file. The next picture reads those again, from the
+                system's cache if there is room for that: about a second for Stable Diffusion v1.
         """
         self.low_memory = low_memory
         for stage in (self.unet, self.vae, self.text):

@@ -23,6 +23,7 @@ import ldm.errors
 import ldm.recognise
 from ldm.archive import open_archive
 from ldm.checkpoint import (
+    Unfilled,
     build_stage,
     config_from_json,
     config_to_json,
@@ -864,3 +865,16 @@ def test_saving_replaces_an_existing_file(saved) -> None:
     save_checkpoint(path, config=tiny_config(), **models)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_layers_of_a_file_draw_no_initial_weights() -> None:
+    seven = torch.full((3, 2), 7.0)
+    initialisers = (
+        nn.init.uniform_,
+        nn.init.normal_,
+        nn.init.kaiming_uniform_,
+    )  # of PyTorch's layers
+    with Unfilled():
+        for initialise in initialisers:
+            assert initialise(seven) is seven and (seven == 7.0).all()
+    assert (nn.init.uniform_(seven) < 7.0).all()

@@ -9,6 +9,7 @@ one after the other.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import statistics
@@ -206,6 +207,7 @@ class Worker:
 
 
 def _serve(side: Side, setting: Setting, connection: Connection) -> None:
+    gc.freeze()  # else the collector looks at, and so copies, all that the parent has imported
     work = side(setting)
     on_gpu = setting.device.startswith("cuda")
     before = 0 if on_gpu else peak_memory()

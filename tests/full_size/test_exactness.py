@@ -2,7 +2,8 @@
 
 Small models add up short sums in few layers; these are the sums of the real thing. The weights go
 through one file, which diffusers reads by its own conversion. Models are loaded one at a time and
-dropped at once: only what they computed stays.
+dropped at once: only what they computed stays. The fast layers of `pipe.optimize()` are held to the
+same bounds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_stages, load_text_encoder, load_vae
+from ldm.checkpoint import load_stages, load_text_encoder, load_unet, load_vae
 from ldm.config import SD_V1
+from ldm.fast import optimize
 from ldm.pipeline import TextToImage
 from ldm.samplers import ddim, guide
 from ldm.schedule import NoiseSchedule
@@ -123,7 +125,10 @@ def test_text_states_agree_with_transformers(
         return oracle("text", checkpoint, configs, dtype)(input_ids=ids).last_hidden_state
 
     assert context.shape == (2, 77, 768)
-    assert_parity(context, states(torch.float32), states(torch.float64), "context")
+    theirs, reference = states(torch.float32), states(torch.float64)
+    assert_parity(context, theirs, reference, "context")
+    optimize(text := load_text_encoder(checkpoint))
+    assert_parity(text.encode(ids), theirs, reference, "context, optimised")
 
 
 @torch.no_grad()
@@ -139,7 +144,11 @@ def test_unet_agrees_with_diffusers(
     exact = oracle("unet", checkpoint, configs, torch.float64)
     x = torch.cat([noise, noise]).double()
     reference = exact(x, t, context.double()).sample
+    del exact
     assert_parity(our_picture.eps, their_picture.eps, reference, "eps")
+    optimize(unet := load_unet(checkpoint))
+    fast = unet(x.float(), torch.full((2,), t), context)
+    assert_parity(fast, their_picture.eps, reference, "eps, optimised")
 
 
 def test_four_guided_steps_agree_with_diffusers(our_picture: Drawn, their_picture: Drawn) -> None:
@@ -166,19 +175,27 @@ def test_the_decoded_picture_is_diffusers_own_to_one_grey_level(
 @torch.no_grad()
 def test_vae_decode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
     z = randn(1, 4, 64, 64, seed=8)
-    mine = load_vae(checkpoint).decode(z)
+    vae = load_vae(checkpoint)
+    mine = vae.decode(z)
     theirs = oracle("vae", checkpoint, configs).decode(z).sample
     reference = oracle("vae", checkpoint, configs, torch.float64).decode(z.double()).sample
     assert mine.shape == (1, 3, 512, 512)
     assert_parity(mine, theirs, reference, "picture")
+    optimize(vae)
+    assert_parity(vae.decode(z), theirs, reference, "picture, optimised")
 
 
 @torch.no_grad()
 def test_vae_encode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
     x = randn(1, 3, 512, 512, seed=7).clamp(-1, 1)
-    mine = load_vae(checkpoint).encode(x)
+    vae = load_vae(checkpoint)
+    mine = vae.encode(x)
     theirs = oracle("vae", checkpoint, configs).encode(x).latent_dist
     exact = oracle("vae", checkpoint, configs, torch.float64).encode(x.double()).latent_dist
     assert mine.mean.shape == (1, 4, 64, 64)
     assert_parity(mine.mean, theirs.mean, exact.mean, "mean")
     assert_parity(mine.logvar, theirs.logvar, exact.logvar, "logvar")
+    optimize(vae)
+    fast = vae.encode(x)
+    assert_parity(fast.mean, theirs.mean, exact.mean, "mean, optimised")
+    assert_parity(fast.logvar, theirs.logvar, exact.logvar, "logvar, optimised")
