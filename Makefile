@@ -2,8 +2,8 @@
 # docs/building.md tells what each target makes.
 
 PYTHON ?= python
-LDM = $(PYTHON) -c "import sys; from ldm.cli import main; sys.exit(main())"
-SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player.py ldm/viz/assets/*)
+LDM = $(PYTHON) -c "import sys; from ldm.cli.main import main; sys.exit(main())"
+SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player/*)
 RUNS = docs/_build/runs
 
 .PHONY: all pictures attention notebooks runs docs

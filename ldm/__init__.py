@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import (
+from ldm.checkpoints.checkpoint import (
     Ema,
     load_text_encoder,
     load_unet,
@@ -25,15 +25,15 @@ from ldm.checkpoint import (
 )
 from ldm.config import HORIZON, SD_V1, ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
-from ldm.download import require_tokenizer
+from ldm.checkpoints.download import require_tokenizer
 from ldm.errors import CheckpointError
-from ldm.inspection import Inspection, inspect
-from ldm.observe import edit, record
+from ldm.checkpoints.inspection import Inspection, inspect
+from ldm.observe.hooks import edit, record
 from ldm.pipeline import TextToImage
 from ldm.samplers import Step
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
-from ldm.tracing import Trace, trace
+from ldm.observe.traces import Trace, trace
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -90,7 +90,7 @@ def load(
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
         vae, text: other files or folders, from which these stages come.
-        check: look at every number of the weights now (`ldm.checkpoint.load_stages`).
+        check: look at every number of the weights now (`ldm.checkpoints.checkpoint.load_stages`).
 
     Raises:
         FileNotFoundError: nothing is at `path`; or no tokenizer is beside the text encoder, in the

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import Origin, Plan, fill, joint_config, origin, save_checkpoint
+from ldm.checkpoints.checkpoint import Origin, Plan, fill, joint_config, origin, save_checkpoint
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype
-from ldm.fast import optimize, rest
+from ldm.speed.cpu import optimize, rest
 from ldm.files import check_writable
 from ldm.presets import MAX_SEED, OURS, PRESETS, check_preset
 from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
@@ -75,7 +75,7 @@ class TextToImage:
         dtype: torch.dtype,
         check: bool = True,
     ) -> Self:
-        """Read the weights that a plan per stage has found (`ldm.checkpoint.plan_stages`).
+        """Read the weights that a plan per stage has found (`ldm.checkpoints.checkpoint.plan_stages`).
 
         Raises:
             CheckpointError: the stages do not belong together, or a number is not finite.
@@ -113,7 +113,7 @@ class TextToImage:
         """Draw the same pictures faster, from now on. Returns the pipeline itself.
 
         On a CPU, in float32 and without gradients, other kernels compute the same sums in another
-        order (see `ldm.fast`): latents differ by some 1e-5 of their standard deviation, pictures
+        order (see `ldm.speed.cpu`): latents differ by some 1e-5 of their standard deviation, pictures
         by a grey level here and there. Weights, names and recordings stay what they are, and
         whatever cannot be faster is computed as before: on other devices everything, and stages
         as small as Horizon's. Memory that is freed stays with the process, to be used again.

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.checkpoint import build_stage, config_to_json, save_checkpoint
+from ldm.checkpoints.checkpoint import build_stage, config_to_json, save_checkpoint
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.keys import key_map
+from ldm.checkpoints.keys import key_map
 from ldm.pipeline import TextToImage
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer

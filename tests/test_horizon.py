@@ -12,10 +12,10 @@ import torch
 
 import ldm
 from ldm.pipeline import TextToImage
-from ldm.reader import read
-from ldm.scenes import Scene, training_scene
+from ldm.worlds.reader import read
+from ldm.worlds.scenes import Scene, training_scene
 from ldm.train.clip import PAIR_FILE, load_pair
-from ldm.train.evaluate import (
+from ldm.evaluate.prompts import (
     DRAWN,
     NOT_DRAWN,
     Score,

@@ -91,7 +91,7 @@ def test_the_wheel_holds_the_shipped_weights_and_the_type_marker(wheel: Path) ->
     shipped = ROOT / "weights" / "horizon"
     assert {f"ldm/weights/horizon/{path.name}" for path in shipped.iterdir()} <= names
     assert weights == (shipped / "model.safetensors").read_bytes()
-    player = {f"ldm/viz/assets/player.{kind}" for kind in ("html", "css", "js")}
+    player = {f"ldm/viz/player/player.{kind}" for kind in ("html", "css", "js")}
     assert {"ldm/py.typed", "ldm/known_files.json", *player} <= names
     assert not any(name.startswith(("tests/", "weights/")) for name in names)
 

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ldm.config import HORIZON, SD_V1, VAEConfig
 from ldm.layers import Downsample
-from ldm.observe import record
+from ldm.observe.hooks import record
 from ldm.vae import AutoencoderKL, Posterior
 from tests.helpers import (
     assert_stage_agrees_across_dtypes,

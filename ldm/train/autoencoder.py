@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import HORIZON
-from ldm.scenes import Scene
+from ldm.worlds.scenes import Scene
 from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL, Posterior

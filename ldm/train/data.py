@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.scenes import Scene, training_scene
+from ldm.worlds.scenes import Scene, training_scene
 
 OBJECTS = ("house", "tree", "sun", "moon")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import HORIZON
-from ldm.scenes import Scene
+from ldm.worlds.scenes import Scene
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.train.autoencoder import encode_scenes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint import config_to_json, save_checkpoint
+from ldm.checkpoints.checkpoint import config_to_json, save_checkpoint
 from ldm.config import HORIZON
 from ldm.files import write_text
 from ldm.schedule import NoiseSchedule
@@ -151,7 +151,7 @@ def stage(
 def report(out: Path) -> str:
     """Evaluate the finished model of a run, write `evaluation.md` beside it, and return it."""
     import ldm
-    from ldm.train.evaluate import evaluate
+    from ldm.evaluate.prompts import evaluate
 
     pipe = ldm.load(out, dtype=torch.float32)
     text = evaluate(pipe, load_pair(out / PAIR_FILE, pipe.text)).as_markdown()

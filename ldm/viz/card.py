@@ -12,7 +12,7 @@ from html import escape
 
 from PIL import Image
 
-from ldm.tracing import Trace
+from ldm.observe.traces import Trace
 from ldm.viz.attention import overlay, percent, picture_of, share
 from ldm.viz.grids import NAMES, fitted
 from ldm.viz.runs import drawn_by, spaced, values

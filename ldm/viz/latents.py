@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.pipeline import TextToImage
-    from ldm.tracing import Trace
+    from ldm.observe.traces import Trace
 
 Draw = Callable[[Tensor], "list[Image]"]
 """Latents (B, C, h, w) -> B pictures: `pipe.decode`, or a `LatentRGB`."""
@@ -125,7 +125,7 @@ def fit_rgb(pipe: TextToImage, images: Sequence[Image]) -> LatentRGB:
 
 def scene_images(count: int, size: int, rng: np.random.Generator) -> list[Image]:
     """Pictures of the Horizon world, size x size pixels, e.g. to fit a map with."""
-    from ldm.scenes import Scene
+    from ldm.worlds.scenes import Scene
 
     return [Scene.sample(rng).render(size) for _ in range(count)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers import Step
-from ldm.tracing import Trace
+from ldm.observe.traces import Trace
 from ldm.viz.latents import Draw, false_colours, trace_rgb
 
 Run = Trace | Sequence[Step]

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ldm import shipped_weights
-from ldm.checkpoint import open_weights
+from ldm.checkpoints.checkpoint import open_weights
 from ldm.config import SD_V1, ModelConfig
 from tests.benchmarks import commands, images, load, models
 from tests.benchmarks.harness import Benchmark, Setting, measure, peak_gflops, table

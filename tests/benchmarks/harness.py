@@ -275,7 +275,7 @@ def torchs_product(setting: Setting, size: int) -> Callable[[], object]:
 
 
 def onednns_product(setting: Setting, size: int) -> Callable[[], object]:
-    from ldm import fast
+    from ldm.speed import cpu as fast
 
     a, b = (torch.randn(size, size, dtype=setting.dtype, device=setting.device) for _ in "ab")
     if fast.has_onednn() and setting.device == "cpu" and setting.dtype == torch.float32:

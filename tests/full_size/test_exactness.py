@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_stages, load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.checkpoint import load_stages, load_text_encoder, load_unet, load_vae
 from ldm.config import SD_V1
-from ldm.fast import optimize
+from ldm.speed.cpu import optimize
 from ldm.pipeline import TextToImage
 from ldm.samplers import ddim, guide
 from ldm.schedule import NoiseSchedule

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.checkpoint import STAGES, load_stages
+from ldm.checkpoints.checkpoint import STAGES, load_stages
 from ldm.config import SD_V1
-from ldm.keys import key_map
+from ldm.checkpoints.keys import key_map
 from tests.benchmarks.harness import Setting, run_alone
 from tests.benchmarks.load import ours
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_unet
+from ldm.checkpoints.checkpoint import load_unet
 from ldm.config import UNetConfig
 from ldm.unet import UNet
 from tests import oracle_configs

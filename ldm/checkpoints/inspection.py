@@ -1,0 +1,183 @@
+"""What is in a file of weights: told without loading a tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints.archive import Entry
+from ldm.checkpoints.checkpoint import STAGES, is_expendable, official_entries, open_any, too_small
+from ldm.config import SD_V1, ModelConfig
+from ldm.checkpoints.diffusers_layout import text_layers
+from ldm.checkpoints.download import identify
+from ldm.errors import some
+from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
+from ldm.recipe import file_sha256
+from ldm.checkpoints.recognise import EMA, ema_name, ignored_in, is_sd_v1, other_family, stages_in
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file or a folder of weights, from outside.
+
+    Attributes:
+        path, size: where, and how many bytes in all.
+        container: as `ldm.checkpoints.archive.Archive` has it: "safetensors", say.
+        family: "Stable Diffusion v1", the name in the file's own config, or what else it is.
+        loads: whether ldm loads this kind of model; what is wrong with a single tensor is only
+            found out by loading.
+        known_as: names of published files that it has the size (or the hash) of.
+        stages: stage -> number of keys, of the stages that are there; missing: those that are not.
+        dtypes: type -> number of tensors that belong to a stage.
+        ema: number of keys in a second set of weights, their running mean.
+        takes_ema: whether that set is whole, so that loading takes it by default.
+        ignored: what else is there and known not to matter: first word of the keys -> number.
+        unknown: keys that belong to nothing, sorted.
+        stubs: what a pickle asked for and was not given, in order: none of it was called.
+        sha256: file -> its hash, where that was asked for; empty otherwise.
+    """
+
+    path: str
+    size: int
+    container: str
+    family: str
+    loads: bool
+    known_as: tuple[str, ...]
+    stages: dict[str, int]
+    missing: tuple[str, ...]
+    dtypes: dict[str, int]
+    ema: int
+    takes_ema: bool
+    ignored: dict[str, int]
+    unknown: tuple[str, ...]
+    stubs: tuple[str, ...]
+    sha256: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """For people: a line per fact."""
+        stages = [f"{stage}: {counted(n, 'key')}" for stage, n in self.stages.items()]
+        use = "loaded by default" if self.takes_ema else "not a whole set: not loaded"
+        facts = {
+            "path": self.path,
+            "size": f"{self.size:,} bytes",
+            "container": self.container,
+            "family": self.family + ("" if self.loads else "; ldm does not load it"),
+            "known as": " or ".join(self.known_as),
+            "stages": ", ".join(stages) or "none",
+            "missing": ", ".join(self.missing),
+            "dtypes": ", ".join(
+                f"{name}: {counted(n, 'tensor')}" for name, n in self.dtypes.items()
+            ),
+            "EMA weights": f"{counted(self.ema, 'key')}, {use}" if self.ema else "none",
+            "ignored": some([f"{name}: {counted(n, 'key')}" for name, n in self.ignored.items()]),
+            "unknown": some(self.unknown),
+            "not called": some(self.stubs),
+            "sha256": "\n              ".join(self.told_hashes()),
+        }
+        return "\n".join(f"{name:>12}  {told}" for name, told in facts.items() if told)
+
+    def told_hashes(self) -> list[str]:
+        """The hashes; of several files, each with its name."""
+        alone = len(self.sha256) == 1
+        return [sha256 if alone else f"{sha256}  {file}" for file, sha256 in self.sha256.items()]
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, in words: 1 key, 2 keys."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
+    """What is in a file or a folder of weights. No tensor is read; the hash, on request, reads all.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: it is no file of weights, or a damaged one; see `ldm.errors`.
+    """
+    archive, config = open_any(path)
+    entries = official_entries(archive)
+    family, loads, config = family_of(entries, config)
+    unknown = unknown_keys(entries, config)
+    weights = {k: e for k, e in entries.items() if k not in unknown and not is_expendable(k)}
+    stages = stages_in(weights)
+    ema = {key for key in entries if key.startswith(EMA)}
+    unet = {ema_name(key) for key in weights if key.startswith(PREFIXES["unet"])}
+    files = sorted({entry.file.path for entry in entries.values()})
+    sizes = {file: file.stat().st_size for file in files or [archive.path]}
+    hashes = {file: file_sha256(file) for file in sizes} if sha256 else {}
+    return Inspection(
+        path=str(archive.path),
+        size=sum(sizes.values()),
+        container=archive.container,
+        family=family,
+        loads=loads,
+        known_as=known_as(sizes, hashes),
+        stages=stages,
+        missing=tuple(stage for stage in STAGES if stage not in stages),
+        dtypes=dict(
+            Counter(str(e.dtype).removeprefix("torch.") for e in weights.values()).most_common()
+        ),
+        ema=len(ema),
+        takes_ema=bool(unet) and unet <= ema,
+        ignored=ignored_in(entries.keys() - ema),
+        unknown=tuple(sorted(unknown)),
+        stubs=archive.stubs,
+        sha256={str(file): sha256 for file, sha256 in hashes.items()},
+    )
+
+
+def family_of(
+    entries: Mapping[str, Entry], config: ModelConfig | None
+) -> tuple[str, bool, ModelConfig | None]:
+    """The name of the kind of model, whether ldm loads it, and its config where that is known."""
+    if other := other_family(entries, config or SD_V1):
+        return other, False, None
+    if config is not None and config != SD_V1:
+        return config.name, True, config
+    if config is not None or is_sd_v1(entries):
+        return "Stable Diffusion v1", True, SD_V1
+    if stages_in(entries):
+        return "of another width than Stable Diffusion v1: to load it, pass its config", True, None
+    return "unknown", False, None
+
+
+def unknown_keys(entries: Mapping[str, Entry], config: ModelConfig | None) -> set[str]:
+    """The keys that belong to no stage or, where there is a config, to no layer of one."""
+    layers = {
+        stage: official_layers(stage, config)
+        for stage in stages_in(entries)
+        if config is not None and not too_small(entries, stage, config)
+    }
+
+    def is_known(key: str) -> bool:
+        for stage, prefix in PREFIXES.items():
+            if key.startswith(prefix) and not is_expendable(key):
+                layer = key.removeprefix(prefix).rpartition(".")[0]
+                return stage not in layers or layer in layers[stage]
+        return is_expendable(key)
+
+    return {key for key in entries if not is_known(key)}
+
+
+def official_layers(stage: str, config: ModelConfig) -> set[str]:
+    """The layers that a stage can have."""
+    if stage == "unet":
+        return set(unet_names(config.unet).values())
+    if stage == "vae":
+        return set(vae_names(config.vae).values())
+    return set(text_layers(config.text))
+
+
+def known_as(sizes: Mapping[Path, int], hashes: Mapping[Path, str]) -> tuple[str, ...]:
+    """The published files that a file may be; none is a folder of several."""
+    if len(sizes) != 1:
+        return ()
+    ((file, size),) = sizes.items()
+    return tuple(known.model for known in identify(size, hashes.get(file)))

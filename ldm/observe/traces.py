@@ -1,0 +1,478 @@
+"""One run, kept whole: what every step knew, and where every word looked.
+
+    run = ldm.trace(pipe, "a red house on green grass", steps=20, seed=0)
+    run.x0                                  # (20, 4, h, w): the clean estimate of every step
+    run.attention("house")                  # (h, w): where "house" looked, over the whole run
+    run.save("run.safetensors")
+
+The loop is `pipe.denoise`, watched by `record`. Cross-attention has a map for every token, layer
+and step; the two ways in which papers sum them up, `daam` and `prompt_to_prompt`, stand here as
+functions of tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.files import check_writable, written_whole
+from ldm.observe.hooks import record
+from ldm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ldm.pipeline import TextToImage
+
+METHODS = ("daam", "prompt-to-prompt")
+METADATA = "ldm.trace"
+MAP_PREFIX = "maps."
+STEPWISE = ("x", "eps", "x0", "eps_cond", "eps_uncond")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the prompt: its text, and the places of its tokens among the prompt's tokens."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace:
+    """Everything that one run of one picture knew, on the CPU; S steps, noisiest first.
+
+    `pipe.decode(trace.x0)` draws the clean estimate of every step, `pipe.decode(trace.latents)`
+    the final picture.
+
+    Attributes:
+        model: the name of the model's config.
+        prompt: as it was given.
+        settings: those of `pipe.denoise`, with the defaults; height and width in pixels.
+        tokens: the strings of all L tokens, start, end and filling included.
+        words: which tokens make which word. The first is the start token; the last is the end,
+            with all the end tokens that fill the rest of the L places.
+        heads: of each cross-attention layer.
+        t, t_prev: the timestep before and after each step, S integers each.
+        alpha_bar: at each t, S numbers.
+        x: the noisy latents before each step, (S, C, h, w), as are the next four.
+        eps: the noise predicted in x; x0: the clean estimate that it implies.
+        eps_cond, eps_uncond: with and without the prompt; None at a guidance scale of 1.
+        latents: after the last step, (1, C, h, w).
+        maps: cross-attention weights with the prompt, {layer: (S, rows, columns, L)} float16, the
+            mean over heads: at each place they sum to 1 over the L tokens.
+        picture: the final latents decoded, (height, width, 3) uint8; None where nobody decoded
+            them.
+    """
+
+    model: str
+    prompt: str
+    settings: Mapping[str, Any]
+    tokens: tuple[str, ...]
+    words: tuple[Word, ...]
+    heads: int
+    t: tuple[int, ...]
+    t_prev: tuple[int, ...]
+    alpha_bar: tuple[float, ...]
+    x: Tensor
+    eps: Tensor
+    x0: Tensor
+    latents: Tensor
+    maps: Mapping[str, Tensor]
+    eps_cond: Tensor | None = None
+    eps_uncond: Tensor | None = None
+    picture: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """A ValueError in one line where the parts do not fit together."""
+        steps, tokens = len(self.t), len(self.tokens)
+        if (len(self.t_prev), len(self.alpha_bar)) != (steps, steps):
+            raise ValueError(f"a trace of {steps} steps needs as many t_prev and alpha_bar")
+        if self.x.ndim != 4 or len(self.x) != steps or self.latents.shape != self.x[:1].shape:
+            raise ValueError(f"the latents of {steps} steps do not fit their number")
+        for name, tensor in self._stepwise().items():
+            if tensor.shape != self.x.shape or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {list(tensor.shape)}, x is {list(self.x.shape)}")
+        if not self.maps:
+            raise ValueError("a trace needs maps")
+        for layer, maps in self.maps.items():
+            if maps.ndim != 4 or (len(maps), maps.shape[3]) != (steps, tokens):
+                raise ValueError(f"{layer} is {list(maps.shape)}, not ({steps}, _, _, {tokens})")
+        if (picture := self.picture) is not None and (
+            picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != torch.uint8
+        ):
+            raise ValueError(f"the picture is {list(picture.shape)} of {picture.dtype}")
+        for word in self.words:
+            if not word.tokens or not all(place in range(tokens) for place in word.tokens):
+                raise ValueError(f"the tokens of {word.text!r} are not there: {word.tokens}")
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self.t)
+
+    def __repr__(self) -> str:
+        s = self.settings
+        size = f"{s.get('width')}x{s.get('height')}"
+        run = f"{len(self)} steps of {s.get('sampler')}, guidance {s.get('guidance_scale')}"
+        words = " ".join(word.text for word in self.words[1:-1])
+        maps = ", ".join(
+            f"{len(self.layers(rows))} at {rows}x{columns}" for rows, columns in self.resolutions
+        )
+        return (
+            f"<Trace of {self.prompt!r} by {self.model}: {size}, {run}, seed {s.get('seed')}; "
+            f"words: {words}; attention layers: {maps}; {self.nbytes / 1e6:.3g} MB>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the facts, the picture as it forms, and where the words looked."""
+        from ldm.viz.card import trace_html  # pictures are for people: only who looks loads them
+
+        return trace_html(self)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """The sizes (rows, columns) that there are maps of, the finest first."""
+        return tuple(sorted({(m.shape[1], m.shape[2]) for m in self.maps.values()}, reverse=True))
+
+    @property
+    def guidance_norms(self) -> Tensor:
+        """||eps_cond - eps_uncond|| of each step, (S,): how much the prompt matters to it.
+
+        Raises:
+            ValueError: there was no guidance, so the model was not asked without the prompt.
+        """
+        if self.eps_cond is None or self.eps_uncond is None:
+            raise ValueError("without guidance the model was not asked without the prompt")
+        return (self.eps_cond - self.eps_uncond).flatten(1).norm(dim=1)
+
+    def word(self, text: str) -> Word:
+        """The word that is spelled so, in upper or lower case.
+
+        Raises:
+            ValueError: the prompt has no such word, or has it more than once.
+        """
+        found = [word for word in self.words if word.text == text.lower()]
+        if len(found) > 1:
+            raise ValueError(f"the prompt says {text!r} {len(found)} times: pass one of `words`")
+        if not found:
+            spelled = [word.text for word in self.words]
+            near = difflib.get_close_matches(text.lower(), spelled, n=3) or spelled[1:-1]
+            raise ValueError(f"the prompt has no word {text!r}; it has {', '.join(near)}")
+        return found[0]
+
+    def layers(self, resolution: int | None = None) -> dict[str, Tensor]:
+        """The maps with so many rows, {layer: (S, rows, columns, L)}; None is all of them.
+
+        Raises:
+            ValueError: no layer has so many.
+        """
+        layers = {
+            layer: maps
+            for layer, maps in self.maps.items()
+            if resolution is None or maps.shape[1] == resolution
+        }
+        if not layers:
+            there = ", ".join(str(rows) for rows, _ in self.resolutions)
+            raise ValueError(f"no layer has maps of {resolution} rows; there are {there}")
+        return layers
+
+    def attention(
+        self,
+        word: str | Word,
+        step: int | None = None,
+        resolution: int | None = None,
+        method: str = "daam",
+    ) -> Tensor:
+        """Where a word looked, one map (rows, columns), float32, of the weights as they are: a
+        picture of it has to choose its own scale.
+
+        A word of several tokens has the mean of their maps.
+
+        Args:
+            word: its text, or one of `words` (where the prompt says it twice, or for the start
+                and end tokens).
+            step: of one step alone, 0 to S - 1; None is over all steps.
+            resolution: of the layers with so many rows alone. None is all layers for "daam"; for
+                "prompt-to-prompt" the second coarsest size, as its authors chose 16 x 16 of Stable
+                Diffusion's 64, 32, 16 and 8.
+            method: "daam" gives a map of the latents' size, see `daam`; "prompt-to-prompt" one of
+                the layers' own, see `prompt_to_prompt`.
+
+        Raises:
+            ValueError: there is no such word, step, resolution or method.
+        """
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
+        if step is not None and not 0 <= step < len(self):
+            raise ValueError(f"step must be between 0 and {len(self) - 1}, not {step}")
+        if method == "prompt-to-prompt" and resolution is None:
+            resolution = self.resolutions[-2:][0][0]
+        places = list((self.word(word) if isinstance(word, str) else word).tokens)
+        steps = slice(None) if step is None else slice(step, step + 1)
+        maps = [
+            layer[steps][..., places].float().mean(dim=-1)  # (S or 1, rows, columns)
+            for layer in self.layers(resolution).values()
+        ]
+        if method == "prompt-to-prompt":
+            return prompt_to_prompt(maps)
+        return daam(maps, heads=self.heads, size=(self.x.shape[2], self.x.shape[3]))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all: the tensors, and all else as one entry
+        of sorted JSON in its metadata, so that the same trace always gives the same bytes.
+
+        Raises:
+            ValueError: it cannot be written there.
+        """
+        path = Path(path)
+        check_writable(path)
+        tensors = self._tensors()
+        facts = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "maps" and field.name not in tensors
+        }
+        facts |= {"settings": dict(self.settings), "words": [vars(word) for word in self.words]}
+        text = json.dumps(facts, sort_keys=True)
+        with written_whole(path) as temporary:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata={METADATA: text})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: it is broken, or not a trace; one line says what is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no trace at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(METADATA)
+                if text is None:
+                    raise ValueError("its metadata has no trace")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = read_facts(text)
+            maps = {
+                name.removeprefix(MAP_PREFIX): tensors.pop(name)
+                for name in sorted(tensors)
+                if name.startswith(MAP_PREFIX)
+            }
+            return cls(**(facts | tensors), maps=maps)
+        # Whatever safetensors and json say of a broken file, and a trace of parts that do not fit.
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is not a readable trace: {reason}") from error
+
+    def _stepwise(self) -> dict[str, Tensor]:
+        """The tensors that have one value per step and the shape of x."""
+        named = {name: getattr(self, name) for name in STEPWISE}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor, by the name that it has in a file."""
+        maps = {MAP_PREFIX + layer: tensor for layer, tensor in self.maps.items()}
+        picture = {} if self.picture is None else {"picture": self.picture}
+        return {**self._stepwise(), "latents": self.latents, **picture, **maps}
+
+
+def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
+    """Draw one picture, and keep everything that each step knew.
+
+    The attention maps take most of the memory, S x places x L x 2 bytes a layer: 4 MB a step for
+    Stable Diffusion v1 at 512x512, 0.02 MB for Horizon. They are kept as float16, without the
+    half of the guidance batch that has no prompt, and as the mean over heads; what is lost with
+    the single heads, `record` can show. The final latents are decoded once, for `picture`.
+
+    Args:
+        pipe: the model.
+        prompt: of one picture. For several, trace each on its own: image i of a batch is the image
+            of seed + i made alone.
+        settings: those of `pipe.denoise`.
+
+    Raises:
+        ValueError: at the call, before any work, as `pipe.denoise` does, or for several pictures.
+    """
+    if not isinstance(prompt, str) or settings.get("num_images", 1) != 1:
+        raise ValueError("a trace is of one picture: for several, trace each on its own")
+    run = pipe.denoise(prompt, **settings)
+    times: list[tuple[int, int, float]] = []
+    tensors: dict[str, list[Tensor]] = {name: [] for name in STEPWISE}
+    with record(
+        pipe.unet, "*.cross_attention.weights", reduce=conditional_mean, max_bytes=None
+    ) as recorded:
+        for step in run:
+            times.append((step.t, step.t_prev, pipe.schedule.alpha_bar_at(step.t)))
+            for name, values in tensors.items():
+                if (value := getattr(step, name)) is not None:  # None: there was no guidance
+                    values.append(value.cpu())
+            latents = step.x_prev.cpu()
+
+    (picture,) = pipe.decode(latents)
+    t, t_prev, alpha_bar = zip(*times, strict=True)
+    latent_size = (latents.shape[2], latents.shape[3])
+    tokenizer = pipe.text.require_tokenizer()
+    ids = tokenizer.pad(tokenizer.encode(prompt), pipe.config.text.max_length)
+    return Trace(
+        model=pipe.config.name,
+        prompt=prompt,
+        settings=all_settings(pipe, prompt, settings, latent_size),
+        tokens=tuple(tokenizer.strings(ids)),
+        words=group_words(tokenizer, ids),
+        heads=pipe.config.unet.num_heads,
+        t=t,
+        t_prev=t_prev,
+        alpha_bar=alpha_bar,
+        **{name: torch.cat(values) for name, values in tensors.items() if values},
+        latents=latents,
+        maps={
+            name: torch.stack(calls).unflatten(1, map_size(len(calls[0]), latent_size))
+            for name, calls in recorded.items()
+        },
+        picture=torch.from_numpy(np.array(picture)),  # (height, width, 3)
+    )
+
+
+def conditional_mean(weights: Tensor) -> Tensor:
+    """What a trace keeps of a layer's weights (1 or 2, heads, places, L): (places, L), of the half
+    with the prompt, which is the last in a guided batch; the mean over heads."""
+    return weights[-1].mean(dim=0).to("cpu", torch.float16)
+
+
+def read_facts(text: str) -> dict[str, Any]:
+    """What a trace's metadata says, as the trace has it.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not the metadata of a trace.
+    """
+    facts = dict(json.loads(text))
+    kinds = {"model": str, "prompt": str, "settings": dict, "heads": int}
+    lists = {"tokens": str, "t": int, "t_prev": int, "alpha_bar": float}
+    for name, kind in kinds.items():
+        if not isinstance(facts[name], kind):
+            raise ValueError(f"{name} is {facts[name]!r}")
+    for name, kind in lists.items():
+        facts[name] = tuple(facts[name])
+        if not all(isinstance(value, kind) for value in facts[name]):
+            raise ValueError(f"{name} holds something else than {kind.__name__}")
+    facts["words"] = tuple(Word(str(w["text"]), tuple(w["tokens"])) for w in facts["words"])
+    return facts
+
+
+def map_size(places: int, latent_size: tuple[int, int]) -> tuple[int, int]:
+    """The (rows, columns) of a layer that has so many places. Each level of the UNet halves both
+    sides of the latents and rounds up, so no two of different size have as many.
+
+    Raises:
+        ValueError: no level has so many.
+    """
+    rows, columns = latent_size
+    while rows * columns > max(places, 1):
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    if rows * columns != places:
+        raise ValueError(f"no level of latents {latent_size} has {places} places")
+    return rows, columns
+
+
+def all_settings(
+    pipe: TextToImage, prompt: str, settings: Mapping[str, Any], latent_size: tuple[int, int]
+) -> dict[str, Any]:
+    """The settings of a run, with `denoise`'s own defaults and the size in pixels that came out."""
+    bound = inspect.signature(pipe.denoise).bind(prompt, **settings)
+    bound.apply_defaults()
+    factor = pipe.config.vae.factor
+    size = {"height": factor * latent_size[0], "width": factor * latent_size[1]}
+    used = {k: v for k, v in bound.arguments.items() if k not in ("prompt", "num_images")} | size
+    # A number of numpy's (a seed, say) is not one of JSON's.
+    return {name: v.item() if hasattr(v, "item") else v for name, v in used.items()}
+
+
+def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
+    """The words of a padded row of token ids: the start token, the prompt's words, the end tokens.
+
+    A token that is marked so ends its word; punctuation and single digits are words of their own,
+    as CLIP's tokenizer splits them. A prompt that is too long may end in the middle of a word.
+    """
+    strings = tokenizer.strings(ids)
+    end = len(ids)
+    while ids[end - 1] == tokenizer.eos_token_id:
+        end -= 1
+    words, group = [Word(strings[0], (0,))], []
+    for place in range(1, end):
+        group.append(place)
+        is_special = ids[place] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        if strings[place].endswith("</w>") or is_special or place == end - 1:
+            text = tokenizer.decode(ids[i] for i in group) or strings[place]
+            words.append(Word(text, tuple(group)))
+            group = []
+    return (*words, Word(strings[-1], tuple(range(end, len(ids)))))
+
+
+def daam(maps: Sequence[Tensor], *, heads: int, size: tuple[int, int]) -> Tensor:
+    """Diffusion attentive attribution maps (Tang et al. 2022, arXiv:2210.04885, section 2.2): the
+    weights of a word, brought to one size and summed over steps j, layers l and heads i,
+
+        D[x, y] = sum_j sum_l sum_i upscale(F[j, l, i])[x, y],
+
+    with bicubic upscaling, which can overshoot a little below 0.
+
+    Upscaling is linear, so sums over heads and steps may come first; a sum over heads is their
+    number times their mean.
+
+    Args:
+        maps: per layer (S, rows, columns), the mean over heads.
+        heads: the number of heads per layer.
+        size: of the result, e.g. the latents' (h, w).
+
+    Returns:
+        (h, w) float32.
+    """
+    upscaled = [
+        F.interpolate(
+            layer.float().sum(dim=0)[None, None], size=size, mode="bicubic", align_corners=False
+        )[0, 0]
+        for layer in maps
+    ]
+    return heads * torch.stack(upscaled).sum(dim=0)
+
+
+def prompt_to_prompt(maps: Sequence[Tensor]) -> Tensor:
+    """The averaged maps of prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626, section 3, and
+    the code released with it): the layers l of one resolution alone, over steps j and heads i,
+
+        M[x, y] = mean_j mean_l mean_i F[j, l, i][x, y].
+
+    Args:
+        maps: per layer (S, rows, columns), the mean over heads, all of one size.
+
+    Returns:
+        (rows, columns) float32.
+    """
+    return torch.stack([layer.float() for layer in maps]).mean(dim=(0, 1))

@@ -1,0 +1,117 @@
+"""What a notebook shows of a trace: small, safe, and sensible whatever the trace lacks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.observe.traces import Trace, Word
+from tests.helpers import randn
+from tests.viz.runs import STEPS, made_trace, without_guidance
+
+
+def pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/(\w+);base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for _, data in found]
+
+
+class Balanced(HTMLParser):
+    """Fails on an element that is not closed in its turn; collects text and names of elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.names.add(tag)
+        if tag not in ("img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(html: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(html)
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def test_a_card_tells_the_facts_and_shows_steps_and_words() -> None:
+    html = made_trace()._repr_html_()
+    text = read(html).text
+    for fact in ("a red house", "tiny", "24 x 32", "ddim", "guidance scale 3.0", "seed 7"):
+        assert fact in text
+    assert "t = 801" in text and "linear map" in text and "negative prompt" not in text
+    shown = pictures(html)
+    assert len(shown) == 1 + 2 * STEPS + 3
+    assert shown[0].size == (24 * 5, 32 * 5)  # a whole factor, up to 160 pixels
+    assert {image.size for image in shown[1 : 1 + 2 * STEPS]} == {(6, 8)}
+
+
+def test_prompts_and_settings_cannot_write_html() -> None:
+    evil = '<script>alert("&")</script>'
+    run = made_trace(
+        prompt=evil,
+        model=evil,
+        settings={"negative_prompt": evil, "sampler": evil},
+        words=(Word("<start>", (0,)), Word(evil, (1,)), Word("<end>", (5,))),
+    )
+    html = run._repr_html_()
+    parsed = read(html)
+    assert "script" not in parsed.names
+    assert parsed.text.count(evil) == 5
+
+
+@pytest.mark.parametrize("picture", [True, False])
+def test_a_card_of_a_large_run_stays_small(picture: bool) -> None:
+    places, steps = 77, 50
+    words = tuple(Word(f"word{i}", (i,)) for i in range(places))
+    weights = torch.rand(steps, 16, 16, places, generator=torch.Generator().manual_seed(0))
+    noise = (randn(512, 512, 3) * 60 + 128).clamp(0, 255).byte()
+    run = made_trace(
+        tokens=("x</w>",) * places,
+        words=words,
+        t=tuple(range(steps, 0, -1)),
+        t_prev=tuple(range(steps - 1, -1, -1)),
+        alpha_bar=(0.5,) * steps,
+        x=randn(steps, 4, 64, 64),
+        x0=randn(steps, 4, 64, 64),
+        eps=randn(steps, 4, 64, 64),
+        eps_cond=None,
+        eps_uncond=None,
+        latents=randn(1, 4, 64, 64),
+        maps={"mid": weights.half()},
+        picture=noise if picture else None,
+    )
+    html = run._repr_html_()
+    assert len(html) < 200_000
+    text = read(html).text
+    assert "the first 24 of 75 words" in text and "word25" not in text
+
+
+@pytest.mark.parametrize(
+    "run", [made_trace(picture=None), without_guidance(made_trace()), made_trace(settings={})]
+)
+def test_a_card_of_a_trace_that_lacks_something_shows_the_rest(run: Trace) -> None:
+    html = run._repr_html_()
+    assert len(pictures(html)) == (run.picture is not None) + 2 * STEPS + 3
+    assert ("False colours" in html) == (run.picture is None)
+
+
+def test_a_prompt_of_no_words_has_no_row_of_them() -> None:
+    run = made_trace(words=(Word("<start>", (0,)), Word("<end>", (4, 5))))
+    assert "where each word looked" not in run._repr_html_()
