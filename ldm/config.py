@@ -73,8 +73,19 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class DefaultsConfig:
+    """How a model is drawn with where nobody says otherwise. Stable Diffusion v1's values are those
+    of the paper's own scripts."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole text-to-image model: its four parts and the picture size it was trained on."""
+    """A whole text-to-image model: its four parts, the picture size it was trained on, and how it
+    is best drawn with."""
 
     name: str
     image_size: int
@@ -82,6 +93,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    defaults: DefaultsConfig = field(default_factory=DefaultsConfig)
 
 
 SD_V1 = ModelConfig(name="sd-v1", image_size=512)

@@ -3,13 +3,12 @@
     prompt ── text ── context ─┐
     noise ─────────────────── unet, once per step of the sampler ── latents ── vae ── picture
 
-`pipe(prompt)` runs `pipe.denoise(prompt)` to its end and decodes what comes out.
+`pipe(prompt)` runs `pipe.denoise(prompt)` to its end and decodes what comes out. Both make their
+arguments one value, `Settings`, of which `pipe.run` makes the steps. `load` makes the pipeline.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,23 +16,27 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import Origin, Plan, fill, joint_config, origin, save_checkpoint
+from ldm.checkpoints.download import require_tokenizer
+from ldm.checkpoints.filling import fill
+from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
+from ldm.checkpoints.planning import Ema, Plan
+from ldm.checkpoints.saving import save_model
+from ldm.checkpoints.shipped import shipped_weights
 from ldm.config import ModelConfig
-from ldm.device import check_device, check_dtype
-from ldm.speed.cpu import optimize, rest
-from ldm.files import check_writable
-from ldm.presets import MAX_SEED, OURS, PRESETS, check_preset
-from ldm.samplers import Steps, ddim, ddpm, draw_noise, guide
+from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.presets import PRESETS
+from ldm.samplers import SAMPLERS, Steps, draw_noise, guide
 from ldm.schedule import NoiseSchedule, pairs
+from ldm.settings import Settings, latent_shape
+from ldm.speed.cpu import optimize, rest
 from ldm.text import CLIPTextEncoder
-from ldm.tokenizer import Tokenizer, beside
+from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SAMPLERS = OURS.samplers
 LARGE = 30_000_000
 """From how many parameters on a stage gains by `optimize`; smaller ones spend time on calls."""
 
@@ -70,18 +73,22 @@ class TextToImage:
     def from_plans(
         cls,
         plans: Mapping[str, Plan],
+        tokenizer: Tokenizer,
         *,
         device: torch.device,
         dtype: torch.dtype,
         check: bool = True,
     ) -> Self:
-        """Read the weights that a plan per stage has found (`ldm.checkpoints.checkpoint.plan_stages`).
+        """Read the weights that a plan per stage has found; the tokenizer is the text encoder's.
 
         Raises:
             CheckpointError: the stages do not belong together, or a number is not finite.
+            ValueError: the tokenizer is another model's.
         """
         config = joint_config({stage: plan.weights for stage, plan in plans.items()})
-        parts: dict[str, Any] = {s: fill(plan, device, dtype, check) for s, plan in plans.items()}
+        parts: dict[str, Any] = {
+            stage: fill(plan, device, dtype, check, tokenizer) for stage, plan in plans.items()
+        }
         schedule = NoiseSchedule(config.schedule)
         return cls(**parts, schedule=schedule, config=config, origin=origin(plans))
 
@@ -113,9 +120,9 @@ class TextToImage:
         """Draw the same pictures faster, from now on. Returns the pipeline itself.
 
         On a CPU, in float32 and without gradients, other kernels compute the same sums in another
-        order (see `ldm.speed.cpu`): latents differ by some 1e-5 of their standard deviation, pictures
-        by a grey level here and there. Weights, names and recordings stay what they are, and
-        whatever cannot be faster is computed as before: on other devices everything, and stages
+        order (see `ldm.speed.cpu`): latents differ by some 1e-5 of their standard deviation,
+        pictures by a grey level here and there. Weights, names and recordings stay what they are,
+        and whatever cannot be faster is computed as before: on other devices everything, and stages
         as small as Horizon's. Memory that is freed stays with the process, to be used again.
 
         Args:
@@ -136,21 +143,16 @@ class TextToImage:
         Raises:
             ValueError: it cannot be written there, or another model's tokenizer is there already.
         """
-        path, tokenizer = Path(path), self.text.require_tokenizer()
-        check_writable(path)
-        check_beside(path, tokenizer)
-        save_checkpoint(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
-        if beside(path) is None:
-            tokenizer.save(path.parent)
+        save_model(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str = "",
-        sampler: str = "ddim",
+        sampler: str | None = None,
         eta: float = 0.0,
         seed: int = 0,
         num_images: int = 1,
@@ -163,7 +165,8 @@ class TextToImage:
         Returns:
             PIL images, those of the first prompt first.
         """
-        run = self.denoise(
+        settings = Settings.of(
+            self.config,
             prompt,
             steps=steps,
             guidance_scale=guidance_scale,
@@ -176,18 +179,16 @@ class TextToImage:
             width=width,
             like=like,
         )
-        for step in run:
-            latents = step.x_prev
-        return self.decode(latents)
+        return self.draw(settings)
 
     def denoise(
         self,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str = "",
-        sampler: str = "ddim",
+        sampler: str | None = None,
         eta: float = 0.0,
         seed: int = 0,
         num_images: int = 1,
@@ -199,7 +200,8 @@ class TextToImage:
 
         Args:
             prompt: what to draw; a list of prompts gives `num_images` of each.
-            steps: how many times the UNet is asked, 1 to 1000.
+            steps: how many intervals the sampler's grid has, 1 to 1000; None, here and below, is
+                the model's own default, `pipe.config.defaults` (Stable Diffusion v1: 50).
             guidance_scale: how hard to follow the prompt; 1 is without guidance.
             negative_prompt: what to move away from; empty is the plain unconditional model.
             sampler: "ddim" or "ddpm".
@@ -215,41 +217,58 @@ class TextToImage:
         Raises:
             ValueError: at the call, before any work, for any argument out of its range.
         """
-        prompts = check_prompts(prompt, num_images)
-        check_settings(
+        settings = Settings.of(
             self.config,
-            negative_prompt=negative_prompt,
+            prompt,
             steps=steps,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
             sampler=sampler,
             eta=eta,
             seed=seed,
-            num_images=len(prompts),
+            num_images=num_images,
             height=height,
             width=width,
             like=like,
         )
-        preset = PRESETS[like]
-        timesteps = preset.timesteps(steps, self.config.schedule.num_train_timesteps)
-        generators = preset.generators(seed, len(prompts))
-        shape = latent_shape(self.config, height, width)
-        dtype = self.dtype if preset.half_latents else torch.float32
-        noise = torch.empty(len(prompts), *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
+        return self.run(settings)
+
+    def draw(self, settings: Settings) -> list[Image]:
+        """The pictures of a run, in the order of its prompts."""
+        for step in self.run(settings):
+            latents = step.x_prev
+        return self.decode(latents)
+
+    def run(self, settings: Settings) -> Steps:
+        """A run, one `Step` at a time: noise from the seeds, context from the prompts, and the
+        sampler, which asks the guided UNet at every step of its grid.
+
+        Raises:
+            ValueError: at the call, for settings that this model cannot follow.
+        """
+        settings.check(self.config)
+        preset, sampler = PRESETS[settings.like], SAMPLERS[settings.sampler]
+        count, dtype = settings.num_images, self.dtype if preset.half_latents else torch.float32
+        generators = preset.generators(settings.seed, count)
+        shape = latent_shape(self.config, settings.height, settings.width)
+        noise = torch.empty(count, *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
         x = draw_noise(generators, noise)
-        context = self.context(prompts)  # (B, L, D)
-        uncond_context = self.context([negative_prompt]).expand_as(context)
+        context = self.context(settings.prompts)  # (B, L, D)
+        uncond_context = self.context([settings.negative_prompt]).expand_as(context)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
         # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
         eps_fn = guide(
-            self.unet, context, uncond_context, guidance_scale, images_per_call=images_per_call
+            self.unet,
+            context,
+            uncond_context,
+            settings.guidance_scale,
+            images_per_call=images_per_call,
         )
-
-        if sampler == "ddim":
-            grid = pairs(timesteps, end=0)
-            return ddim(eps_fn, x, grid, self.schedule, eta=eta, generators=generators)
-        grid = pairs(timesteps, end=-1)
-        return ddpm(eps_fn, x, grid, self.schedule, generators=generators)
+        timesteps = preset.timesteps(settings.steps, self.config.schedule.num_train_timesteps)
+        grid = pairs(timesteps, end=sampler.end)
+        options = {name: getattr(settings, name) for name in sampler.options}
+        return sampler.steps(eps_fn, x, grid, self.schedule, generators=generators, **options)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
@@ -296,95 +315,40 @@ class TextToImage:
         return self.vae.encode(x).mode() * self.vae.config.scaling_factor
 
 
-def latent_shape(
-    config: ModelConfig, height: int | None, width: int | None
-) -> tuple[int, int, int]:
-    """The shape (C, h, w) of one picture's latents; None is the size the model was trained on.
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    config: ModelConfig | None = None,
+    ema: Ema = "auto",
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+    check: bool = True,
+) -> TextToImage:
+    """A whole model, ready to draw.
+
+    Args:
+        path: a file in the official Stable Diffusion v1 layout (safetensors, or torch's pickles:
+            nothing in them is executed), a diffusers folder, or a folder that holds one file of
+            weights; None is Horizon, our own small model.
+        device: "cuda", "mps" or "cpu"; None picks the fastest there is.
+        dtype: None is float16 on a GPU, float32 on a CPU.
+        config: for weights that bring none and are not Stable Diffusion v1.
+        ema: True takes the running mean of the UNet's weights, False the weights themselves,
+            "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
+        vae, text: other files or folders, from which these stages come.
+        check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
 
     Raises:
-        ValueError: a side is not a positive multiple of the VAE's factor.
+        FileNotFoundError: nothing is at `path`; or no tokenizer is beside the text encoder, in the
+            Hub's cache or to be fetched, and one line says how to get it.
+        CheckpointError: the file cannot be read, or does not fit; see `ldm.errors`.
+        ValueError: an argument is out of its range, or the tokenizer found is another model's.
     """
-    factor = config.vae.factor
-    height = config.image_size if height is None else height
-    width = config.image_size if width is None else width
-    for name, size in (("height", height), ("width", width)):
-        check_whole(name, size)
-        if size < factor or size % factor:
-            raise ValueError(f"{name} must be a positive multiple of {factor}, not {size}")
-    return config.vae.latent_channels, height // factor, width // factor
-
-
-def check_settings(
-    config: ModelConfig,
-    *,
-    negative_prompt: str,
-    steps: int,
-    guidance_scale: float,
-    sampler: str,
-    eta: float,
-    seed: int,
-    num_images: int,
-    height: int | None,
-    width: int | None,
-    like: str | None = None,
-) -> None:
-    """A ValueError in one line for the first setting that is out of its range; `num_images` is the
-    number of pictures in all."""
-    if not isinstance(negative_prompt, str):
-        raise ValueError(f"negative_prompt must be a string, not {negative_prompt!r}")
-    for name, value in {"steps": steps, "seed": seed}.items():
-        check_whole(name, value)
-    for name, number in {"guidance_scale": guidance_scale, "eta": eta}.items():
-        if not isinstance(number, (int, float)):
-            raise ValueError(f"{name} must be a number, not {number!r}")
-    total = config.schedule.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be between 1 and {total}, not {steps}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must be between 0 and 1, not {eta}")
-    if eta != 0.0 and sampler != "ddim":
-        raise ValueError(f"eta is a setting of ddim: {sampler} has none")
-    if not 0 <= seed <= MAX_SEED - num_images + 1:
-        raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {seed}")
-    latent_shape(config, height, width)
-    check_preset(
-        like,
-        sampler=sampler,
-        steps=steps,
-        total=total,
-        guidance_scale=guidance_scale,
-        seed=seed,
-    )
-
-
-def check_prompts(prompt: str | Sequence[str], num_images: int) -> list[str]:
-    """One prompt per image, or a ValueError in one line."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
-        raise ValueError(f"a prompt must be a string or a list of strings, not {prompt!r}")
-    if not prompts or not all(one.strip() for one in prompts):
-        raise ValueError("the prompt is empty")
-    check_whole("num_images", num_images)
-    if num_images < 1:
-        raise ValueError(f"num_images must be 1 or more, not {num_images}")
-    return [one for one in prompts for _ in range(num_images)]
-
-
-def check_beside(path: Path, tokenizer: Tokenizer) -> None:
-    """A ValueError in one line if another model's tokenizer lies where a file of weights is to be
-    written: this model would be loaded with it."""
-    folder = beside(path)
-    if folder is not None and Tokenizer.from_folder(folder) != tokenizer:
-        raise ValueError(f"{folder} holds another model's tokenizer: save into another folder")
-
-
-def check_whole(name: str, value: int) -> None:
-    """A ValueError in one line unless the value is a whole number."""
-    try:
-        operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    device = default_device() if device is None else check_device(device)
+    dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
+    sources = open_model(shipped_weights() if path is None else path, config, vae=vae, text=text)
+    plans = plan_stages(sources, ema)
+    tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
+    return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm.samplers import Generators
+from ldm.samplers import SAMPLERS, Generators
 from ldm.schedule import even_timesteps
 
 MAX_SEED = 2**63 - 1
@@ -40,7 +40,7 @@ class Preset:
     noise_device: str
     one_generator: bool
     half_latents: bool = False
-    samplers: tuple[str, ...] = ("ddim", "ddpm")
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
     max_seed: int = MAX_SEED
     min_guidance_scale: float = -math.inf
 
@@ -106,6 +106,7 @@ DIFFUSERS = Preset(
     noise_device="cpu",
     one_generator=True,
     half_latents=True,
+    samplers=("ddim", "ddpm"),
     min_guidance_scale=1.0,
 )
 

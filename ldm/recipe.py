@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ldm.files import written_whole
+from ldm.settings import Settings
+from ldm.version import ldm_version
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,57 +27,52 @@ class Recipe:
     """One picture's making.
 
     Attributes:
-        index: which picture of its run; its noise was seeded with `seed + index`.
+        settings: of the run that draws this picture alone.
         model, model_sha256: the name in the config, and the hash of the weights (`weights_sha256`).
-        versions: of ldm, torch, transformers and Python.
         ema: which of two sets of weights was asked for: "auto", "yes" or "no".
-        reproduce: whose pictures of a seed, `like` in `TextToImage.denoise`; empty is our own.
-        The others: as `TextToImage.denoise` takes them.
+        device, dtype: where it was drawn, and in what precision.
+        versions: of ldm, torch, transformers and Python.
     """
 
-    prompt: str
-    negative_prompt: str
-    seed: int
-    index: int
-    sampler: str
-    steps: int
-    guidance_scale: float
-    eta: float
-    height: int
-    width: int
-    device: str
-    dtype: str
+    settings: Settings
     model: str
     model_sha256: str
-    versions: dict[str, str]
-    ema: str = "auto"
-    reproduce: str = ""
+    ema: str
+    device: str
+    dtype: str
+    versions: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them; `Recipe.from_dict` turns them back."""
+        return asdict(self) | {"settings": self.settings.as_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: object) -> Recipe:
+        """The recipe that `as_dict` gave.
+
+        Raises:
+            ValueError: there are other fields, or one is of another type.
+        """
+        names = cls.__dataclass_fields__
+        if not isinstance(fields, Mapping) or fields.keys() != names.keys():
+            raise ValueError(f"a recipe has the fields {', '.join(names)}")
+        for name in names.keys() - {"settings", "versions"}:
+            if not isinstance(fields[name], str):
+                raise ValueError(f"{name} is {fields[name]!r:.80}")
+        versions = fields["versions"]
+        if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+            raise ValueError(f"versions is {versions!r:.80}")
+        return cls(**{**fields, "settings": Settings.from_dict(fields["settings"])})
 
 
 def installed_versions() -> dict[str, str]:
     """The versions that decide a picture's last bits, read without importing anything."""
-    from importlib.metadata import version
-
-    import ldm
-
     return {
-        "ldm": ldm.__version__,
+        "ldm": ldm_version(),
         "torch": torch.__version__,  # says which build it is, CPU or CUDA
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_sha256(paths: Sequence[Path]) -> str:
-    """One file's SHA-256; of several files, that of their hashes in hexadecimal, one per line."""
-    hashes = [file_sha256(path) for path in paths]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:
@@ -84,7 +80,7 @@ def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_itxt(KEY, json.dumps([dataclasses.asdict(one) for one in recipes], sort_keys=True))
+    info.add_itxt(KEY, json.dumps([one.as_dict() for one in recipes], sort_keys=True))
     with written_whole(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
@@ -106,20 +102,9 @@ def read_recipes(path: Path) -> list[Recipe]:
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a picture that can be read") from error
     try:
-        recipes = [Recipe(**fields) for fields in json.loads(text or "[]")]
-        for recipe in recipes:
-            check_types(recipe)
+        recipes = [Recipe.from_dict(fields) for fields in json.loads(text or "[]")]
     except (TypeError, ValueError) as error:
         raise ValueError(f"the recipe in {path} cannot be read: {error}") from error
     if not recipes:
         raise ValueError(f"{path} does not say how it was made: it was not made by ldm")
     return recipes
-
-
-def check_types(recipe: Recipe) -> None:
-    """A TypeError unless every field is of the type that a recipe of ours has."""
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    for field in dataclasses.fields(Recipe):
-        value = getattr(recipe, field.name)
-        if not isinstance(value, kinds.get(str(field.type), (dict,))) or isinstance(value, bool):
-            raise TypeError(f"{field.name} is {value!r}")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.device import default_dtype
 from ldm.pipeline import TextToImage
 from ldm.samplers import Step
@@ -141,8 +142,8 @@ def test_encode_undoes_the_scaling_of_decode(pipe: TextToImage) -> None:
 
 
 BAD = {
-    "steps": [0, 1001, -3, 2.5, None],
-    "sampler": ["euler", ""],
+    "steps": [0, 1001, -3, 2.5],
+    "sampler": ["euler", "", ["ddim"], 1],
     "height": [0, 15, -16],
     "width": [3],
     "eta": [-0.1, 1.5, float("nan")],
@@ -187,11 +188,11 @@ def test_save_refuses_before_writing(pipe: TextToImage, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no folder"):
         pipe.save(tmp_path / "nowhere" / "mine.safetensors")
     other = Tokenizer.train(["something else entirely, in other words"] * 3, 530)
-    other.save(tmp_path)
+    write_tokenizer(other, tmp_path)
     with pytest.raises(ValueError, match="another model's tokenizer"):
         pipe.save(tmp_path / "mine.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
-    assert Tokenizer.from_folder(tmp_path) == other
+    assert read_tokenizer(tmp_path) == other
 
 
 def test_to_moves_every_stage_and_reports_it(pipe: TextToImage) -> None:

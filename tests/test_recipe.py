@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from ldm.recipe import Recipe, file_sha256, installed_versions, read_recipes, save_png
+from ldm.files import file_sha256
+from ldm.recipe import KEY, Recipe, installed_versions, read_recipes, save_png
+from ldm.settings import Settings
 
 RECIPE = Recipe(
-    prompt="a naïve house, 家",
-    negative_prompt="blur",
-    seed=2**40,
-    index=3,
-    sampler="ddim",
-    steps=7,
-    guidance_scale=2.25,
-    eta=0.1,
-    height=16,
-    width=24,
-    device="cpu",
-    dtype="float32",
+    settings=Settings(
+        prompts=("a naïve house, 家",),
+        negative_prompt="blur",
+        sampler="ddim",
+        steps=7,
+        guidance_scale=2.25,
+        eta=0.1,
+        seed=2**40,
+        height=16,
+        width=24,
+        like="diffusers",
+    ),
     model="tiny",
     model_sha256="0" * 64,
+    ema="auto",
+    device="cpu",
+    dtype="float32",
     versions={"torch": "1"},
 )
 
@@ -64,6 +73,30 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
         read_recipes(text)
     with pytest.raises(FileNotFoundError, match="no picture"):
         read_recipes(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("settings"), "a recipe has the fields settings, model"),
+        (lambda f: f.update(index=3), "a recipe has the fields settings, model"),
+        (lambda f: f.update(model=5), "model is 5"),
+        (lambda f: f.update(versions={"torch": 2}), "versions is {'torch': 2}"),
+        (lambda f: f["settings"].pop("steps"), "settings have the fields prompts, neg"),
+        (lambda f: f["settings"].update(seed=1.5), "seed is 1.5"),
+        (lambda f: f["settings"].update(like=["compvis"]), "like is \\['compvis'\\]"),
+    ],
+)
+def test_a_recipe_of_another_form_is_refused_in_one_line(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path, fields, info = tmp_path / "a.png", RECIPE.as_dict(), PngInfo()
+    change(fields)
+    info.add_itxt(KEY, json.dumps([fields]))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    with pytest.raises(ValueError, match=f"the recipe in .* cannot be read: {message}") as error:
+        read_recipes(path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_hash_is_the_files_own(tmp_path: Path) -> None:

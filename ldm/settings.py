@@ -1,0 +1,207 @@
+"""What a run is asked for: one frozen value of numbers and names, checked once, for everybody.
+
+    settings = Settings.of(pipe.config, "a red house", seed=3)
+    for step in pipe.run(settings): ...
+
+The pipeline draws by it; recipes, traces, pages and sweeps carry it. A new setting is a field here,
+a keyword of `Settings.of` with its check, and of `TextToImage.__call__` and `denoise`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ldm.config import ModelConfig
+from ldm.presets import MAX_SEED, check_preset
+from ldm.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run, as numbers and names. `Settings.of` fills in a model's defaults and checks it all.
+
+    Attributes:
+        prompts: what to draw, one for each picture of the run.
+        negative_prompt: what to move away from; empty is the plain unconditional model.
+        sampler: "ddim" or "ddpm".
+        steps: how many intervals the sampler's grid has.
+        guidance_scale: how hard to follow the prompts; 1 is without guidance.
+        eta: for ddim, from 0 (the seed alone decides) to 1 (noise at every step).
+        seed: picture i draws its noise from a generator seeded `seed + i`; but see `like`.
+        height, width: of the pictures, in pixels.
+        like: whose picture of the seed to draw (`ldm.presets`); None is our own.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    eta: float
+    seed: int
+    height: int
+    width: int
+    like: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        prompt: str | Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+        sampler: str | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        like: str | None = None,
+    ) -> Self:
+        """The settings of `num_images` pictures of each prompt, by a model of this config; None is
+        the model's own default.
+
+        Raises:
+            ValueError: in one line, for the first setting that is out of its range.
+        """
+        defaults = config.defaults
+        settings = cls(
+            prompts=one_per_picture(prompt, num_images),
+            negative_prompt=negative_prompt,
+            sampler=defaults.sampler if sampler is None else sampler,
+            steps=whole("steps", defaults.steps if steps is None else steps),
+            guidance_scale=number(
+                "guidance_scale",
+                defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            ),
+            eta=number("eta", eta),
+            seed=whole("seed", seed),
+            height=whole("height", config.image_size if height is None else height),
+            width=whole("width", config.image_size if width is None else width),
+            like=like,
+        )
+        settings.check(config)
+        return settings
+
+    def check(self, config: ModelConfig) -> None:
+        """A ValueError in one line for the first setting that a model of this config cannot
+        follow."""
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("the prompt is empty")
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt must be a string, not {self.negative_prompt!r}")
+        total = config.schedule.num_train_timesteps
+        if not 1 <= self.steps <= total:
+            raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
+        if self.sampler not in list(SAMPLERS):
+            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
+        if self.eta != 0.0 and "eta" not in SAMPLERS[self.sampler].options:
+            raise ValueError(f"eta is a setting of ddim: {self.sampler} has none")
+        if not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
+            raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {self.seed}")
+        latent_shape(config, self.height, self.width)
+        check_preset(
+            self.like,
+            sampler=self.sampler,
+            steps=self.steps,
+            total=total,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+        )
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures the run draws, of all prompts together."""
+        return len(self.prompts)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt of a run of one picture."""
+        (prompt,) = self.prompts
+        return prompt
+
+    def alone(self, index: int) -> Self:
+        """The run that draws picture `index` of this one by itself: the same picture, since its
+        noise comes from its own seed (but with a `like` whose noise depends on the whole batch)."""
+        return dataclasses.replace(self, prompts=(self.prompts[index],), seed=self.seed + index)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them; `Settings.from_dict` turns them back."""
+        return dataclasses.asdict(self) | {"prompts": list(self.prompts)}
+
+    @classmethod
+    def from_dict(cls, fields: object) -> Self:
+        """The settings that `as_dict` gave, from a file of anybody's: `check` is the next thing.
+
+        Raises:
+            ValueError: there are other fields, or one is of another type.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, Mapping) or fields.keys() != set(names):
+            raise ValueError(f"settings have the fields {', '.join(names)}")
+        prompts = fields["prompts"]
+        if not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"prompts is {prompts!r:.80}")
+        for field in dataclasses.fields(cls):
+            value, kinds = fields[field.name], KINDS.get(str(field.type))
+            if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} is {value!r:.80}")
+        return cls(**{**fields, "prompts": tuple(prompts)})
+
+
+# What each kind of field may be in JSON, where a whole number can stand for any other.
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "str | None": (str, type(None)),
+}
+
+
+# --- Checks, each a ValueError in one line ---------------------------------------------------
+
+
+def one_per_picture(prompt: str | Sequence[str], num_images: int) -> tuple[str, ...]:
+    """Each prompt as often as it is to be drawn."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"a prompt must be a string or a list of strings, not {prompt!r}")
+    if whole("num_images", num_images) < 1:
+        raise ValueError(f"num_images must be 1 or more, not {num_images}")
+    return tuple(one for one in prompts for _ in range(num_images))
+
+
+def latent_shape(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:
+    """The shape (C, h, w) of the latents of one picture of so many pixels: each side must be a
+    positive multiple of the VAE's factor."""
+    factor = config.vae.factor
+    for name, size in (("height", height), ("width", width)):
+        if size < factor or size % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, not {size}")
+    return config.vae.latent_channels, height // factor, width // factor
+
+
+def whole(name: str, value: int) -> int:
+    """A whole number of any type, as Python's own."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def number(name: str, value: float) -> float:
+    """A number, as Python's own."""
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    return float(value)

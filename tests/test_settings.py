@@ -1,0 +1,105 @@
+"""Settings: one value per run, filled in from the model, checked once, written and read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+from ldm.config import SD_V1, DefaultsConfig
+from ldm.pipeline import TextToImage
+from ldm.samplers import SAMPLERS
+from ldm.settings import Settings
+from tests.helpers import tiny_config
+
+CONFIG = tiny_config()
+
+
+def test_none_is_the_models_own_default() -> None:
+    quick = dataclasses.replace(CONFIG, defaults=DefaultsConfig("ddpm", 7, 2.0))
+    settings = Settings.of(quick, "a red house")
+    assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddpm", 7, 2.0)
+    assert (settings.height, settings.width) == (quick.image_size, quick.image_size)
+    asked = Settings.of(quick, "a red house", sampler="ddim", steps=3, guidance_scale=1, height=8)
+    assert (asked.sampler, asked.steps, asked.guidance_scale, asked.height) == ("ddim", 3, 1.0, 8)
+
+
+def test_stable_diffusion_v1_keeps_the_papers_defaults() -> None:
+    settings = Settings.of(SD_V1, "a red house")
+    assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddim", 50, 7.5)
+    assert (settings.height, settings.width, settings.eta, settings.seed) == (512, 512, 0.0, 0)
+
+
+def test_every_setting_is_a_keyword_of_the_pipeline_and_of_settings_alike() -> None:
+    keywords = inspect.signature(Settings.of).parameters.keys() - {"config"}
+    assert keywords == inspect.signature(TextToImage.__call__).parameters.keys() - {"self"}
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert fields - {"prompts"} == keywords - {"prompt", "num_images"}
+
+
+def test_prompts_are_one_per_picture_and_each_can_be_drawn_alone() -> None:
+    settings = Settings.of(CONFIG, ["a house", "the sea"], num_images=2, seed=5)
+    assert settings.prompts == ("a house", "a house", "the sea", "the sea")
+    assert settings.num_images == 4
+    assert settings.alone(2) == Settings.of(CONFIG, "the sea", seed=7)
+    assert settings.alone(2).prompt == "the sea"
+
+
+def test_numbers_of_numpys_become_pythons() -> None:
+    settings = Settings.of(
+        CONFIG, "a", steps=np.int64(3), guidance_scale=np.float64(2), seed=np.uint8(4)
+    )
+    assert [type(v) for v in (settings.steps, settings.guidance_scale, settings.seed)] == [
+        int,
+        float,
+        int,
+    ]
+
+
+@pytest.mark.parametrize("like", [None, "diffusers"])
+def test_settings_survive_json(like: str | None) -> None:
+    settings = Settings.of(
+        CONFIG, ["a naïve house, 家", "b"], seed=2**62, guidance_scale=0.1 + 0.7 + 1, like=like
+    )
+    again = Settings.from_dict(json.loads(json.dumps(settings.as_dict())))
+    assert again == settings
+    again.check(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": "3"},
+        {"seed": True},
+        {"seed": 1.5},
+        {"steps": None},
+        {"guidance_scale": [1]},
+        {"prompts": "a house"},
+        {"prompts": [3]},
+        {"like": 3},
+        {"more": 1},
+    ],
+)
+def test_what_is_not_settings_is_not_read(change: dict[str, object]) -> None:
+    fields = Settings.of(CONFIG, "a house").as_dict()
+    with pytest.raises(ValueError) as error:
+        Settings.from_dict(fields | change)
+    assert "\n" not in str(error.value)
+    for wrong in (None, [], {}, {**fields, "steps": 3} | {"prompt": "a"}):
+        with pytest.raises(ValueError, match="settings have the fields"):
+            Settings.from_dict(wrong)
+
+
+def test_settings_of_a_file_are_checked_like_all_others() -> None:
+    fields = Settings.of(CONFIG, "a house").as_dict()
+    for change, match in (
+        ({"steps": 1001}, "steps must be between 1 and 1000"),
+        ({"height": 15}, "height must be a positive multiple of 2"),
+        ({"prompts": []}, "the prompt is empty"),
+        ({"sampler": "euler"}, f"unknown sampler 'euler': there are {', '.join(SAMPLERS)}"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Settings.from_dict(fields | change).check(CONFIG)
