@@ -5,32 +5,38 @@
     run.attention("house")                  # (h, w): where "house" looked, over the whole run
     run.save("run.safetensors")
 
-The loop is `pipe.denoise`, watched by `record`. Cross-attention has a map for every token, layer
-and step; the two ways in which papers sum them up, `daam` and `prompt_to_prompt`, stand here as
-functions of tensors.
+The loop is `pipe.run`, watched by `record`. Cross-attention has a map for every token, layer and
+step; `ldm.observe.maps` sums them up. What Jupyter shows of a trace is up to who draws: see
+`show_as`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.files import check_writable, written_whole
 from ldm.observe.hooks import record
-from ldm.tokenizer import Tokenizer
+from ldm.observe.maps import (
+    Word,
+    conditional_mean,
+    daam,
+    group_words,
+    map_size,
+    prompt_to_prompt,
+)
+from ldm.settings import Settings
 
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
@@ -39,14 +45,6 @@ METHODS = ("daam", "prompt-to-prompt")
 METADATA = "ldm.trace"
 MAP_PREFIX = "maps."
 STEPWISE = ("x", "eps", "x0", "eps_cond", "eps_uncond")
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of the prompt: its text, and the places of its tokens among the prompt's tokens."""
-
-    text: str
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,8 +56,7 @@ class Trace:
 
     Attributes:
         model: the name of the model's config.
-        prompt: as it was given.
-        settings: those of `pipe.denoise`, with the defaults; height and width in pixels.
+        settings: of the run, which is of one picture.
         tokens: the strings of all L tokens, start, end and filling included.
         words: which tokens make which word. The first is the start token; the last is the end,
             with all the end tokens that fill the rest of the L places.
@@ -77,8 +74,7 @@ class Trace:
     """
 
     model: str
-    prompt: str
-    settings: Mapping[str, Any]
+    settings: Settings
     tokens: tuple[str, ...]
     words: tuple[Word, ...]
     heads: int
@@ -96,6 +92,8 @@ class Trace:
 
     def __post_init__(self) -> None:
         """A ValueError in one line where the parts do not fit together."""
+        if self.settings.num_images != 1:
+            raise ValueError("a trace is of one picture: for several, trace each on its own")
         steps, tokens = len(self.t), len(self.tokens)
         if (len(self.t_prev), len(self.alpha_bar)) != (steps, steps):
             raise ValueError(f"a trace of {steps} steps needs as many t_prev and alpha_bar")
@@ -123,22 +121,25 @@ class Trace:
 
     def __repr__(self) -> str:
         s = self.settings
-        size = f"{s.get('width')}x{s.get('height')}"
-        run = f"{len(self)} steps of {s.get('sampler')}, guidance {s.get('guidance_scale')}"
+        run = f"{len(self)} steps of {s.sampler}, guidance {s.guidance_scale}"
         words = " ".join(word.text for word in self.words[1:-1])
         maps = ", ".join(
             f"{len(self.layers(rows))} at {rows}x{columns}" for rows, columns in self.resolutions
         )
         return (
-            f"<Trace of {self.prompt!r} by {self.model}: {size}, {run}, seed {s.get('seed')}; "
+            f"<Trace of {self.prompt!r} by {self.model}: {s.width}x{s.height}, {run}, "
+            f"seed {s.seed}; "
             f"words: {words}; attention layers: {maps}; {self.nbytes / 1e6:.3g} MB>"
         )
 
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the facts, the picture as it forms, and where the words looked."""
-        from ldm.viz.card import trace_html  # pictures are for people: only who looks loads them
+    def _repr_html_(self) -> str | None:
+        """What Jupyter shows: the registered card (`show_as`); None is the plain text above."""
+        return None if _card is None else _card(self)
 
-        return trace_html(self)
+    @property
+    def prompt(self) -> str:
+        """What was to be drawn."""
+        return self.settings.prompt
 
     @property
     def nbytes(self) -> int:
@@ -248,7 +249,8 @@ class Trace:
             for field in dataclasses.fields(self)
             if field.name != "maps" and field.name not in tensors
         }
-        facts |= {"settings": dict(self.settings), "words": [vars(word) for word in self.words]}
+        facts["settings"] = self.settings.as_dict()
+        facts["words"] = [vars(word) for word in self.words]
         text = json.dumps(facts, sort_keys=True)
         with written_whole(path) as temporary:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -303,6 +305,16 @@ class Trace:
         return {**self._stepwise(), "latents": self.latents, **picture, **maps}
 
 
+_card: Callable[[Trace], str] | None = None
+
+
+def show_as(card: Callable[[Trace], str]) -> None:
+    """Let Jupyter show every trace by the HTML that `card` makes of it. The last one that is
+    registered counts; `ldm.viz` registers `ldm.viz.card.trace_html`."""
+    global _card
+    _card = card
+
+
 def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     """Draw one picture, and keep everything that each step knew.
 
@@ -315,14 +327,24 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
         pipe: the model.
         prompt: of one picture. For several, trace each on its own: image i of a batch is the image
             of seed + i made alone.
-        settings: those of `pipe.denoise`.
+        settings: the keywords of `pipe(...)`.
 
     Raises:
-        ValueError: at the call, before any work, as `pipe.denoise` does, or for several pictures.
+        ValueError: at the call, before any work, as `pipe(...)` does, or for several pictures.
     """
-    if not isinstance(prompt, str) or settings.get("num_images", 1) != 1:
+    return trace_run(pipe, Settings.of(pipe.config, prompt, **settings))
+
+
+def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
+    """The same, of settings that are there already. It must be one picture.
+
+    Raises:
+        ValueError: at the call, before any work, for settings that the model cannot follow, or of
+            several pictures.
+    """
+    if settings.num_images != 1:
         raise ValueError("a trace is of one picture: for several, trace each on its own")
-    run = pipe.denoise(prompt, **settings)
+    run = pipe.run(settings)
     times: list[tuple[int, int, float]] = []
     tensors: dict[str, list[Tensor]] = {name: [] for name in STEPWISE}
     with record(
@@ -339,11 +361,10 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     t, t_prev, alpha_bar = zip(*times, strict=True)
     latent_size = (latents.shape[2], latents.shape[3])
     tokenizer = pipe.text.require_tokenizer()
-    ids = tokenizer.pad(tokenizer.encode(prompt), pipe.config.text.max_length)
+    ids = tokenizer.pad(tokenizer.encode(settings.prompt), pipe.config.text.max_length)
     return Trace(
         model=pipe.config.name,
-        prompt=prompt,
-        settings=all_settings(pipe, prompt, settings, latent_size),
+        settings=settings,
         tokens=tuple(tokenizer.strings(ids)),
         words=group_words(tokenizer, ids),
         heads=pipe.config.unet.num_heads,
@@ -360,12 +381,6 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     )
 
 
-def conditional_mean(weights: Tensor) -> Tensor:
-    """What a trace keeps of a layer's weights (1 or 2, heads, places, L): (places, L), of the half
-    with the prompt, which is the last in a guided batch; the mean over heads."""
-    return weights[-1].mean(dim=0).to("cpu", torch.float16)
-
-
 def read_facts(text: str) -> dict[str, Any]:
     """What a trace's metadata says, as the trace has it.
 
@@ -373,7 +388,7 @@ def read_facts(text: str) -> dict[str, Any]:
         ValueError, TypeError, KeyError: it is not the metadata of a trace.
     """
     facts = dict(json.loads(text))
-    kinds = {"model": str, "prompt": str, "settings": dict, "heads": int}
+    kinds = {"model": str, "heads": int}
     lists = {"tokens": str, "t": int, "t_prev": int, "alpha_bar": float}
     for name, kind in kinds.items():
         if not isinstance(facts[name], kind):
@@ -382,97 +397,6 @@ def read_facts(text: str) -> dict[str, Any]:
         facts[name] = tuple(facts[name])
         if not all(isinstance(value, kind) for value in facts[name]):
             raise ValueError(f"{name} holds something else than {kind.__name__}")
+    facts["settings"] = Settings.from_dict(facts["settings"])
     facts["words"] = tuple(Word(str(w["text"]), tuple(w["tokens"])) for w in facts["words"])
     return facts
-
-
-def map_size(places: int, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) of a layer that has so many places. Each level of the UNet halves both
-    sides of the latents and rounds up, so no two of different size have as many.
-
-    Raises:
-        ValueError: no level has so many.
-    """
-    rows, columns = latent_size
-    while rows * columns > max(places, 1):
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    if rows * columns != places:
-        raise ValueError(f"no level of latents {latent_size} has {places} places")
-    return rows, columns
-
-
-def all_settings(
-    pipe: TextToImage, prompt: str, settings: Mapping[str, Any], latent_size: tuple[int, int]
-) -> dict[str, Any]:
-    """The settings of a run, with `denoise`'s own defaults and the size in pixels that came out."""
-    bound = inspect.signature(pipe.denoise).bind(prompt, **settings)
-    bound.apply_defaults()
-    factor = pipe.config.vae.factor
-    size = {"height": factor * latent_size[0], "width": factor * latent_size[1]}
-    used = {k: v for k, v in bound.arguments.items() if k not in ("prompt", "num_images")} | size
-    # A number of numpy's (a seed, say) is not one of JSON's.
-    return {name: v.item() if hasattr(v, "item") else v for name, v in used.items()}
-
-
-def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
-    """The words of a padded row of token ids: the start token, the prompt's words, the end tokens.
-
-    A token that is marked so ends its word; punctuation and single digits are words of their own,
-    as CLIP's tokenizer splits them. A prompt that is too long may end in the middle of a word.
-    """
-    strings = tokenizer.strings(ids)
-    end = len(ids)
-    while ids[end - 1] == tokenizer.eos_token_id:
-        end -= 1
-    words, group = [Word(strings[0], (0,))], []
-    for place in range(1, end):
-        group.append(place)
-        is_special = ids[place] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        if strings[place].endswith("</w>") or is_special or place == end - 1:
-            text = tokenizer.decode(ids[i] for i in group) or strings[place]
-            words.append(Word(text, tuple(group)))
-            group = []
-    return (*words, Word(strings[-1], tuple(range(end, len(ids)))))
-
-
-def daam(maps: Sequence[Tensor], *, heads: int, size: tuple[int, int]) -> Tensor:
-    """Diffusion attentive attribution maps (Tang et al. 2022, arXiv:2210.04885, section 2.2): the
-    weights of a word, brought to one size and summed over steps j, layers l and heads i,
-
-        D[x, y] = sum_j sum_l sum_i upscale(F[j, l, i])[x, y],
-
-    with bicubic upscaling, which can overshoot a little below 0.
-
-    Upscaling is linear, so sums over heads and steps may come first; a sum over heads is their
-    number times their mean.
-
-    Args:
-        maps: per layer (S, rows, columns), the mean over heads.
-        heads: the number of heads per layer.
-        size: of the result, e.g. the latents' (h, w).
-
-    Returns:
-        (h, w) float32.
-    """
-    upscaled = [
-        F.interpolate(
-            layer.float().sum(dim=0)[None, None], size=size, mode="bicubic", align_corners=False
-        )[0, 0]
-        for layer in maps
-    ]
-    return heads * torch.stack(upscaled).sum(dim=0)
-
-
-def prompt_to_prompt(maps: Sequence[Tensor]) -> Tensor:
-    """The averaged maps of prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626, section 3, and
-    the code released with it): the layers l of one resolution alone, over steps j and heads i,
-
-        M[x, y] = mean_j mean_l mean_i F[j, l, i][x, y].
-
-    Args:
-        maps: per layer (S, rows, columns), the mean over heads, all of one size.
-
-    Returns:
-        (rows, columns) float32.
-    """
-    return torch.stack([layer.float() for layer in maps]).mean(dim=(0, 1))

@@ -10,22 +10,28 @@
 Every function returns a PIL image or matplotlib axes, which show themselves in Jupyter, and needs
 no display. Two words recur: `run` is a `Trace` or a list of steps, and `draw` is a function from
 latents to pictures, `pipe.decode` or a `LatentRGB`. Curves need matplotlib, the rest does not.
+
+    strips.py      a run, step by step, beside others
+    attention.py   where words looked, laid over the picture
+    plots.py       curves and maps with axes: the schedule, guidance, latents
+    latents.py     what latents look like without the decoder, and their statistics
+    sweeps.py      one prompt under every pair of values of two settings
+    animations.py  pictures that move
+    live.py        watching a run in the cell that makes it
+    card.py        what Jupyter shows of a trace
+    player/        the page of `ldm explain`
+
+and below them runs.py (what all of them take for a run), grids.py (pictures on one sheet),
+lettering.py and colours.py. Others take the names below, and `ldm.viz.player.explain`.
 """
 
 from __future__ import annotations
 
+from ldm.observe.traces import show_as
+from ldm.viz.animations import Animation, animation
 from ldm.viz.attention import attention, attention_by_resolution, attention_over_steps, overlay
-from ldm.viz.grids import (
-    Animation,
-    animation,
-    frames,
-    grid,
-    side_by_side,
-    steps,
-    strip,
-    sweep,
-    sweep_images,
-)
+from ldm.viz.card import trace_html
+from ldm.viz.grids import grid, strip
 from ldm.viz.latents import (
     SD_V1_RGB,
     Components,
@@ -50,6 +56,8 @@ from ldm.viz.plots import (
     timestep_rows,
 )
 from ldm.viz.runs import Run
+from ldm.viz.strips import frames, side_by_side, steps
+from ldm.viz.sweeps import sweep, sweep_images
 
 __all__ = [
     "SD_V1_RGB",
@@ -86,3 +94,6 @@ __all__ = [
     "timestep_rows",
     "trace_rgb",
 ]
+
+# In Jupyter a trace shows its card.
+show_as(trace_html)

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ldm.observe.traces import Trace, Word
+from ldm.observe.maps import Word
+from ldm.observe.traces import Trace
 from ldm.viz.colours import heat
 from ldm.viz.grids import fitted, grid, keyed
 from ldm.viz.latents import trace_rgb

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ldm.observe.traces import Trace
 from ldm.viz.attention import overlay, percent, picture_of, share
-from ldm.viz.grids import NAMES, fitted
+from ldm.viz.grids import fitted
 from ldm.viz.runs import drawn_by, spaced, values
+from ldm.viz.strips import NAMES
 
 MAX_WORDS = 24
 STEPS = 8
@@ -29,20 +30,16 @@ def trace_html(trace: Trace) -> str:
     settings = trace.settings
     facts = {
         "model": trace.model,
-        "size": f"{settings.get('width')} x {settings.get('height')}",
-        "sampler": settings.get("sampler"),
+        "size": f"{settings.width} x {settings.height}",
+        "sampler": settings.sampler,
         "steps": len(trace),
-        "guidance scale": settings.get("guidance_scale"),
-        "eta": settings.get("eta"),
-        "seed": settings.get("seed"),
-        "negative prompt": settings.get("negative_prompt"),
+        "guidance scale": settings.guidance_scale,
+        "eta": settings.eta,
+        "seed": settings.seed,
+        "negative prompt": settings.negative_prompt,
         "memory": f"{trace.nbytes / 1e6:.3g} MB",
     }
-    stated = [
-        f"{name} <b>{escape(str(value))}</b>"
-        for name, value in facts.items()
-        if value not in (None, "")
-    ]
+    stated = [f"{name} <b>{escape(str(value))}</b>" for name, value in facts.items() if value != ""]
     return (
         '<div style="max-width:60em">'
         f'<p style="margin:0 0 .3em"><b>{escape(trace.prompt)}</b></p>'

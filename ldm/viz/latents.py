@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from ldm.pipeline import TextToImage
     from ldm.observe.traces import Trace
+    from ldm.pipeline import TextToImage
 
 Draw = Callable[[Tensor], "list[Image]"]
 """Latents (B, C, h, w) -> B pictures: `pipe.decode`, or a `LatentRGB`."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.samplers import Step
 from ldm.observe.traces import Trace
+from ldm.samplers import Step
 from ldm.viz.latents import Draw, false_colours, trace_rgb
 
 Run = Trace | Sequence[Step]

@@ -18,9 +18,11 @@ from torch import Tensor
 
 import ldm
 from ldm.observe.hooks import record
+from ldm.observe.maps import Word, daam, group_words, map_size, prompt_to_prompt
+from ldm.observe.traces import Trace, trace, trace_run
 from ldm.pipeline import TextToImage
+from ldm.settings import Settings
 from ldm.tokenizer import BOS, EOS
-from ldm.observe.traces import Trace, Word, daam, group_words, map_size, prompt_to_prompt, trace
 from tests.helpers import pipe_that_reads, relative_error
 
 PROMPT = "a red house, and a bluish house"
@@ -134,13 +136,11 @@ def test_settings_are_all_that_made_the_run(pipe: TextToImage, run: Trace) -> No
     assert run.model == "tiny"
     assert run.prompt == PROMPT
     assert run.heads == 2
-    expected = SETTINGS | {"negative_prompt": "", "sampler": "ddim", "eta": 0.0}
-    assert expected.items() <= run.settings.items()
-    assert not {"prompt", "num_images"} & run.settings.keys()
-    again = list(pipe.denoise(run.prompt, **run.settings))
+    assert run.settings == Settings.of(pipe.config, PROMPT, **SETTINGS)
+    again = list(pipe.run(run.settings))
     torch.testing.assert_close(run.latents, again[-1].x_prev, rtol=1e-4, atol=1e-4)
     trained = trace(pipe, "red", steps=1)
-    assert (trained.settings["height"], trained.settings["width"]) == (16, 16)
+    assert (trained.settings.height, trained.settings.width) == (16, 16)
 
 
 def test_a_trace_is_of_one_picture(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +149,9 @@ def test_a_trace_is_of_one_picture(pipe: TextToImage, monkeypatch: pytest.Monkey
         trace(pipe, ["red", "blue"])
     with pytest.raises(ValueError, match="a trace is of one picture"):
         trace(pipe, "red", num_images=2)
+    two = Settings.of(pipe.config, "red", num_images=2)
+    with pytest.raises(ValueError, match="a trace is of one picture"):
+        trace_run(pipe, two)
     with pytest.raises(ValueError, match="steps must be between"):
         trace(pipe, "red", steps=0)
     with pytest.raises(TypeError, match="stepz"):
@@ -369,7 +372,7 @@ def test_saving_says_so_when_it_cannot(run: Trace, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     run.save(path)
     before = path.read_bytes()
-    broken = dataclasses.replace(run, settings={"steps": {1, 2}})
+    broken = dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed={1, 2}))
     with pytest.raises(TypeError):
         broken.save(path)
     assert path.read_bytes() == before
@@ -392,9 +395,11 @@ BROKEN = {
     "foreign": lambda path: save_file({"x": torch.zeros(2)}, path),
     "no json": lambda path: save_file({}, path, metadata={"ldm.trace": "{"}),
     "a list": lambda path: save_file({}, path, metadata={"ldm.trace": "[1]"}),
-    "no prompt": lambda path: rewritten(path, lambda f, t: f.pop("prompt")),
+    "no settings": lambda path: rewritten(path, lambda f, t: f.pop("settings")),
+    "no prompt": lambda path: rewritten(path, lambda f, t: f["settings"].pop("prompts")),
+    "two prompts": lambda path: rewritten(path, lambda f, t: f["settings"]["prompts"].append("a")),
     "unknown fact": lambda path: rewritten(path, lambda f, t: f.update(more=1)),
-    "prompt a number": lambda path: rewritten(path, lambda f, t: f.update(prompt=1)),
+    "prompt a number": lambda path: rewritten(path, lambda f, t: f["settings"].update(prompts=[1])),
     "tokens numbers": lambda path: rewritten(path, lambda f, t: f.update(tokens=[1] * 16)),
     "too few tokens": lambda path: rewritten(path, lambda f, t: f["tokens"].pop()),
     "too few t": lambda path: rewritten(path, lambda f, t: f["t"].pop()),

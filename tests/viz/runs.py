@@ -8,15 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.observe.maps import Word
+from ldm.observe.traces import Trace
 from ldm.pipeline import TextToImage
 from ldm.samplers import Step
 from ldm.schedule import NoiseSchedule
-from ldm.observe.traces import Trace, Word
+from ldm.settings import Settings
 from tests.helpers import randn, random_stage, tiny_config
 
 STEPS, CHANNELS, ROWS, COLUMNS = 5, 4, 8, 6
 HOT = {"red": (0, 0), "house": (6, 4)}
 """Where a word looks in a made trace: the row and column of its brightest place."""
+
+MADE = Settings(
+    prompts=("a red house",),
+    negative_prompt="",
+    sampler="ddim",
+    steps=STEPS,
+    guidance_scale=3.0,
+    eta=0.0,
+    seed=7,
+    height=32,
+    width=24,
+)
 
 
 def made_trace(**changes: Any) -> Trace:
@@ -36,9 +50,7 @@ def made_trace(**changes: Any) -> Trace:
     picture = (torch.arange(32 * 24 * 3) % 251).view(32, 24, 3).byte()
     facts: dict[str, Any] = dict(
         model="tiny",
-        prompt="a red house",
-        settings=dict(steps=STEPS, sampler="ddim", guidance_scale=3.0, seed=7, eta=0.0)
-        | dict(negative_prompt="", height=32, width=24),
+        settings=MADE,
         tokens=("<start>", "a</w>", "red</w>", "house</w>", "<end>", "<end>"),
         words=(
             Word("<start>", (0,)),

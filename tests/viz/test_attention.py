@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ldm import viz
-from ldm.observe.traces import Trace, Word
+from ldm.observe.maps import Word
+from ldm.observe.traces import Trace
 from ldm.viz.attention import brightest, share
 from ldm.viz.grids import GAP, MARGIN
 from tests.viz.runs import COLUMNS, HOT, ROWS, made_trace

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from ldm.observe.traces import Trace, Word
+from ldm.observe import traces
+from ldm.observe.maps import Word
+from ldm.observe.traces import Trace
+from ldm.viz.card import trace_html
 from tests.helpers import randn
-from tests.viz.runs import STEPS, made_trace, without_guidance
+from tests.viz.runs import MADE, STEPS, made_trace, without_guidance
 
 
 def pictures(html: str) -> list[Image.Image]:
@@ -51,7 +58,7 @@ def read(html: str) -> Balanced:
 
 
 def test_a_card_tells_the_facts_and_shows_steps_and_words() -> None:
-    html = made_trace()._repr_html_()
+    html = trace_html(made_trace())
     text = read(html).text
     for fact in ("a red house", "tiny", "24 x 32", "ddim", "guidance scale 3.0", "seed 7"):
         assert fact in text
@@ -65,12 +72,11 @@ def test_a_card_tells_the_facts_and_shows_steps_and_words() -> None:
 def test_prompts_and_settings_cannot_write_html() -> None:
     evil = '<script>alert("&")</script>'
     run = made_trace(
-        prompt=evil,
         model=evil,
-        settings={"negative_prompt": evil, "sampler": evil},
+        settings=dataclasses.replace(MADE, prompts=(evil,), negative_prompt=evil, sampler=evil),
         words=(Word("<start>", (0,)), Word(evil, (1,)), Word("<end>", (5,))),
     )
-    html = run._repr_html_()
+    html = trace_html(run)
     parsed = read(html)
     assert "script" not in parsed.names
     assert parsed.text.count(evil) == 5
@@ -97,21 +103,45 @@ def test_a_card_of_a_large_run_stays_small(picture: bool) -> None:
         maps={"mid": weights.half()},
         picture=noise if picture else None,
     )
-    html = run._repr_html_()
+    html = trace_html(run)
     assert len(html) < 200_000
     text = read(html).text
     assert "the first 24 of 75 words" in text and "word25" not in text
 
 
-@pytest.mark.parametrize(
-    "run", [made_trace(picture=None), without_guidance(made_trace()), made_trace(settings={})]
-)
+@pytest.mark.parametrize("run", [made_trace(picture=None), without_guidance(made_trace())])
 def test_a_card_of_a_trace_that_lacks_something_shows_the_rest(run: Trace) -> None:
-    html = run._repr_html_()
+    html = trace_html(run)
     assert len(pictures(html)) == (run.picture is not None) + 2 * STEPS + 3
     assert ("False colours" in html) == (run.picture is None)
 
 
 def test_a_prompt_of_no_words_has_no_row_of_them() -> None:
     run = made_trace(words=(Word("<start>", (0,)), Word("<end>", (4, 5))))
-    assert "where each word looked" not in run._repr_html_()
+    assert "where each word looked" not in trace_html(run)
+
+
+def test_jupyter_shows_the_card_that_was_registered_last_or_plain_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = made_trace()
+    assert run._repr_html_() == trace_html(run)  # `ldm.viz` registered it
+    monkeypatch.setattr(traces, "_card", None)
+    assert run._repr_html_() is None
+    traces.show_as(lambda trace: f"<b>{trace.prompt}</b>")
+    assert run._repr_html_() == "<b>a red house</b>"
+
+
+def test_a_trace_of_the_front_door_shows_its_card_and_loads_viz_only_then() -> None:
+    program = """
+import sys, ldm
+from tests.viz.runs import made_trace
+ldm.trace
+run = made_trace()
+assert not any(name.startswith(("ldm.viz", "PIL")) for name in sys.modules), sys.modules.keys()
+assert "<img" in run._repr_html_() and "ldm.viz.card" in sys.modules
+"""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
