@@ -1,0 +1,187 @@
+"""What several commands ask for, and how it is read from their arguments.
+
+The names that help texts need are spelled out here, since their homes import torch; a test holds
+them against those. The functions below the options import what they need when they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from ldm.files import check_writable
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoints.planning import Ema, Plan
+    from ldm.checkpoints.recognise import Weights
+    from ldm.config import ModelConfig
+    from ldm.tokenizer import Tokenizer
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+SAMPLERS = ("ddim", "ddpm")  # ldm.samplers.SAMPLERS
+LIKE = ("compvis", "diffusers")  # ldm.presets.PRESETS, but for our own
+DTYPES = ("float32", "float16", "bfloat16")  # of torch
+EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
+MODELS_OWN = "default: the model's own"
+
+
+# --- Options ---------------------------------------------------------------------------------
+
+
+def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
+    """The settings of a run but for its prompt; what is not given is None where the model has a
+    default of its own."""
+    add_sampler_options(p)
+    p.add_argument("--negative-prompt", default="", help="what to move away from")
+    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--seed", type=int, help=seed_help)
+    p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
+
+
+def add_sampler_options(p: argparse.ArgumentParser) -> None:
+    """Those settings of a run that a model has its own defaults for."""
+    p.add_argument("--steps", type=int, help=f"sampler steps, 1 to 1000 ({MODELS_OWN})")
+    p.add_argument("--sampler", help=f"{' or '.join(SAMPLERS)} ({MODELS_OWN})")
+    p.add_argument("--guidance-scale", type=float, help=f"how hard to follow it ({MODELS_OWN})")
+
+
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """What a model is made of, but for the main file or folder of its weights."""
+    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
+    p.add_argument("--text", type=Path, help="another file with the text encoder")
+    p.add_argument(
+        "--config",
+        type=Path,
+        help="a config.json like Horizon's, for weights of another size that bring none",
+    )
+    p.add_argument(
+        "--ema",
+        choices=EMA,
+        default="auto",
+        help="take the running mean of the UNet's weights; auto: if it is there (%(default)s)",
+    )
+
+
+def add_drawing_options(p: argparse.ArgumentParser) -> None:
+    """The model that draws, where, and in what precision."""
+    p.add_argument("--weights", type=Path, help="a file or folder (default: Horizon, shipped)")
+    add_model_options(p)
+    add_device_option(p)
+    p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
+
+
+def add_device_option(p: argparse.ArgumentParser) -> None:
+    """Where to compute."""
+    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+
+
+# --- What was asked for ----------------------------------------------------------------------
+
+
+def asked_device(args: argparse.Namespace) -> torch.device:
+    """The device of `--device`, or the fastest there is; a ValueError if it is not there."""
+    from ldm.device import check_device, default_device
+
+    return default_device() if args.device is None else check_device(args.device)
+
+
+def asked_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The precision of `--dtype`, or the device's usual one."""
+    from ldm.device import default_dtype
+
+    return named_dtype(args.dtype) if args.dtype else default_dtype(device)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """One of `DTYPES`, as torch has it."""
+    import torch
+
+    return {dtype: getattr(torch, dtype) for dtype in DTYPES}[name]
+
+
+def asked_seed(args: argparse.Namespace) -> int:
+    """The seed of `--seed`, or a fresh one."""
+    seed: int = secrets.randbelow(2**32) if args.seed is None else args.seed
+    return seed
+
+
+def asked_config(args: argparse.Namespace) -> ModelConfig | None:
+    """The config in the file that `--config` names, or None."""
+    from ldm.checkpoints.config_json import config_from_json
+
+    if args.config is None:
+        return None
+    return config_from_json(args.config.read_text(encoding="utf-8"), args.config)
+
+
+# --- The model that was asked for: opened first, so that every other argument can be checked with
+# --- its config; then planned; the caller reads the weights last (`TextToImage.from_plans`).
+
+
+def open_asked(args: argparse.Namespace) -> tuple[Mapping[str, Weights], ModelConfig]:
+    """The files of weights of each stage, opened, and the config of the whole model."""
+    from ldm.checkpoints.loading import joint_config, open_model
+    from ldm.checkpoints.shipped import shipped_weights
+
+    sources = open_model(
+        args.weights or shipped_weights(), asked_config(args), vae=args.vae, text=args.text
+    )
+    return sources, joint_config(sources)
+
+
+def plan_asked(sources: Mapping[str, Weights], ema: str) -> tuple[Mapping[str, Plan], Tokenizer]:
+    """Which entry fills which weight, and the tokenizer, which may have to be fetched; `ema` is a
+    name in `EMA`."""
+    from ldm.checkpoints.download import require_tokenizer
+    from ldm.checkpoints.loading import plan_stages
+
+    plans = plan_stages(sources, EMA[ema])
+    text = plans["text"]
+    return plans, require_tokenizer(text.path, text.config.text.vocab_size)
+
+
+def files_of(sources: Mapping[str, Weights]) -> list[Path]:
+    """Every file that weights lie in, each once."""
+    return sorted({e.file.path for one in sources.values() for e in one.entries.values()})
+
+
+# --- Where pictures and pages go -------------------------------------------------------------
+
+
+def output_paths(output: Path | None, prompt: str, suffix: str, count: int = 1) -> list[Path]:
+    """Where to write: one file, or `name-0.png`, `name-1.png`, ...; without a name, one made of the
+    prompt that is not taken yet.
+
+    Raises:
+        ValueError: a file could not be written there, or its name ends in another suffix.
+    """
+    if output is None:
+        stems = (slug(prompt) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        candidates = (numbered(Path(stem + suffix), count) for stem in stems)
+        paths = next(c for c in candidates if not any(path.exists() for path in c))
+    elif output.suffix.lower() != suffix:
+        raise ValueError(f"the output must end in {suffix}, not {output}")
+    else:
+        paths = numbered(output, count)
+    for path in paths:
+        check_writable(path)
+    return paths
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """A path for each of several pictures; one picture needs no number."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the name of a file: "green grass at night" -> "green-grass-at-night"."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"

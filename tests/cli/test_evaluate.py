@@ -1,0 +1,64 @@
+"""`ldm evaluate`; where words look is in tests/evaluate/test_attention.py."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldm.cli import main as cli
+from ldm.evaluate import prompts as measure
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--per-value", "0"], "--per-value must be 1 or more"),
+        (["--steps", "0"], "steps must be between"),
+        (["--sampler", "euler"], "unknown sampler"),
+        (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
+        (["--seed", "-1"], "the seed must be between"),
+        (["--weights", "nothing"], "no weights at"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    args: list[str],
+    message: str,
+    model: Path,
+    no_work: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    no_work()
+    assert cli.main(["evaluate", "--weights", str(model), *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_results_are_printed_as_a_table_or_as_json(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[object, measure.Results]] = []
+    evaluate = measure.evaluate
+
+    @functools.wraps(evaluate)
+    def once(pipe, pair, **settings):  # type: ignore[no-untyped-def]
+        if not measured:
+            measured.append((settings, evaluate(pipe, pair, **settings)))
+        asked, results = measured[0]
+        assert settings == asked
+        return results
+
+    monkeypatch.setattr(measure, "evaluate", once)
+    args = ["evaluate", "--weights", str(model), "--per-value", "1", "--steps", "1"]
+    with pytest.warns(UserWarning, match="too long"):  # the tiny model reads a few tokens
+        assert cli.main([*args, "--device", "cpu"]) == 0
+    assert "| sky |" in capsys.readouterr().out
+    assert cli.main([*args, "--device", "cpu", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["autoencoder"]["sky"]["total"] == 3
+    sky = results["prompts"]["sky"]
+    assert 0 <= sky["right"] <= sky["total"] >= 3  # each of its values is asked for at least once
+    assert results["settings"] | {"steps": 1, "sampler": "ddim"} == results["settings"]

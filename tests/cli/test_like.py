@@ -1,0 +1,142 @@
+"""`ldm generate --like PNG` and `ldm show PNG`: what becomes of the recipe in a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ldm.cli import main as cli
+from ldm.files import file_sha256
+from ldm.pipeline import TextToImage, load
+from ldm.recipe import read_recipes, save_png
+from tests.helpers import tiny_model
+
+
+@pytest.mark.parametrize("extra", [(), ("--grid", "--num-images", "3")])
+def test_like_makes_the_same_picture_again_bit_for_bit(
+    generate, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    args = ("a red house", "-o", "a.png", "--steps", "3", "--eta", "0.5", "--seed", "4")
+    assert generate(*args, "--width", "24", *extra) == 0
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_like_makes_one_image_of_a_batch_again(generate, tmp_path: Path) -> None:
+    assert generate("red", "-o", "a.png", "--num-images", "2", "--steps", "2", "--seed", "4") == 0
+    assert generate("--like", "a-1.png", "-o", "b.png", device=()) == 0
+    assert Path("a-1.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_grid_has_a_row_per_prompt_and_can_be_made_again_when_it_was_cut_short(
+    generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("red", "blue", "--num-images", "3", "--grid", "--steps", "1", "--seed", "0")
+    assert generate(*args, "-o", "whole.png") == 0
+    with Image.open("whole.png") as image:
+        assert image.size == (3 * 20 - 4, 2 * 20 - 4)
+
+    decode, left = TextToImage.decode, iter(range(4))
+
+    def interrupted(self, latents):  # type: ignore[no-untyped-def]
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImage, "decode", interrupted)
+        assert generate(*args, "-o", "cut.png") == 130
+    recipes = read_recipes(Path("cut.png"))
+    assert [one.settings.prompt for one in recipes] == ["red"] * 3 + ["blue"]
+    assert generate("--like", "cut.png", "-o", "again.png", device=()) == 0
+    assert Path("cut.png").read_bytes() == Path("again.png").read_bytes()
+
+
+def test_reproduce_draws_the_other_codes_picture_and_like_makes_it_again(
+    generate, model: Path, tmp_path: Path
+) -> None:
+    args = ("red", "--steps", "3", "--seed", "2", "--eta", "0.5", "--reproduce", "diffusers")
+    assert generate(*args, "-o", "a.png") == 0
+    pipe = load(model, device="cpu")
+    (expected,) = pipe("red", steps=3, seed=2, eta=0.5, like="diffusers")
+    with Image.open("a.png") as image:
+        assert image.tobytes() == expected.tobytes()
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_like_never_overwrites_its_own_picture(
+    generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("red", "-o", "a.png", "--steps", "1") == 0
+    before = Path("a.png").read_bytes()
+    assert generate("--like", "a.png", "-o", "./a.png", device=()) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert Path("a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({"steps": 5000}, {}, "steps must be between 1 and 1000"),
+        ({"steps": "x"}, {}, "cannot be read: steps is 'x'"),
+        ({"prompts": (5,)}, {}, "cannot be read: prompts is [5]"),
+        ({"prompts": ("red", "blue")}, {}, "not one that ldm wrote"),
+        ({"height": 15}, {}, "height must be a positive multiple of 2"),
+        ({"eta": 3.0}, {}, "eta must be between 0 and 1"),
+        ({}, {"device": "cuda:99"}, "no device 'cuda:99'"),
+        ({}, {"dtype": "float64"}, "not one that ldm wrote"),
+        ({}, {"ema": "maybe"}, "not one that ldm wrote"),
+        ({}, {"versions": 1}, "cannot be read: versions is 1"),
+    ],
+)
+def test_like_checks_a_recipe_before_any_work(
+    generate,
+    settings: Mapping[str, Any],
+    change: Mapping[str, Any],
+    message: str,
+    no_work: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert generate("red", "-o", "a.png", "--steps", "1") == 0
+    (recipe,) = read_recipes(Path("a.png"))
+    other = dataclasses.replace(recipe.settings, **settings)
+    with Image.open("a.png") as image:
+        changed = dataclasses.replace(recipe, settings=other, **change)
+        save_png(image, Path("b.png"), [changed])
+    capsys.readouterr()
+    no_work()
+    assert generate("--like", "b.png", "-o", "c.png", device=()) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not Path("c.png").exists()
+
+
+def test_like_refuses_other_weights_and_names_both(
+    generate, tmp_path: Path, tmp_path_factory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("red", "-o", "a.png", "--steps", "1") == 0
+    other = tiny_model(tmp_path_factory.mktemp("other"), seed=99)
+    assert cli.main(["generate", "--weights", str(other), "--like", "a.png", "-o", "b.png"]) == 2
+    error = capsys.readouterr().err
+    ours = file_sha256(other / "model.safetensors")
+    assert ours in error and read_recipes(Path("a.png"))[0].model_sha256 in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_show_prints_every_setting(generate, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("a red house", "-o", "a.png", "--steps", "1", "--seed", "3") == 0
+    capsys.readouterr()
+    assert cli.main(["show", "a.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (recipe,) = read_recipes(Path("a.png"))
+    settings = recipe.settings.as_dict()
+    assert settings.pop("prompts") == ["a red house"]
+    rest = {name: value for name, value in recipe.as_dict().items() if name != "settings"}
+    expected = {"prompt": "a red house", **settings, **rest}
+    assert lines == [f"{name:>16}  {value}" for name, value in expected.items()] + [""]
