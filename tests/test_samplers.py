@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.samplers import Prediction, Step, Steps, ddim, ddpm, guide
+from ldm.samplers import SAMPLERS, Known, Prediction, Step, Steps, ddim, ddpm, guide, sample
 from ldm.schedule import NoiseSchedule, noised
 from tests.helpers import randn, rng
 
@@ -193,6 +193,77 @@ def test_noise_without_one_generator_per_image_is_refused_at_the_call(
         else:
             pairs = SCHEDULE.ddpm_timesteps(2)
             ddpm(gaussian_eps, start(), pairs, SCHEDULE, generators=generators)
+
+
+# --- Rules -----------------------------------------------------------------------------------
+
+
+def test_a_rule_of_ones_own_walks_the_same_loop(device: str) -> None:
+    """The rule below is DDIM's at eta 0 in other words: x moves by the change of noise level."""
+
+    def rule(known: Known) -> Tensor:
+        ratio = math.sqrt(known.alpha_bar_prev / known.alpha_bar)
+        change = math.sqrt(1 - known.alpha_bar_prev) - ratio * math.sqrt(1 - known.alpha_bar)
+        return ratio * known.x + change * known.eps
+
+    x = start(device=device, dtype=torch.float64)
+    pairs = SCHEDULE.ddim_timesteps(6)
+    ours, theirs = (
+        sample(rule, gaussian_eps, x, pairs, SCHEDULE),
+        ddim(gaussian_eps, x, pairs, SCHEDULE),
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.x_prev, b.x_prev, rtol=0, atol=1e-12)
+
+
+def test_a_rule_may_ask_again_within_its_step_and_the_steps_eps_is_the_first_answer() -> None:
+    asked: list[int] = []
+
+    def eps_fn(x: Tensor, t: Tensor) -> Prediction:
+        asked.append(int(t[0]))
+        return Prediction(gaussian_eps(x, t), x, x)
+
+    def rule(known: Known) -> Tensor:
+        there = known.ask(known.x, max(known.t_prev, 1))
+        return known.x - (known.eps + there) / 2
+
+    steps = list(sample(rule, eps_fn, start(), SCHEDULE.ddim_timesteps(4), SCHEDULE))
+    assert len(steps) == 4  # one Step per interval, whatever the number of calls
+    assert asked == [t for step in steps for t in (step.t, max(step.t_prev, 1))]
+    for step in steps:
+        assert torch.equal(step.eps, gaussian_eps(step.x, torch.full((2,), step.t)))
+
+
+def test_what_a_rule_keeps_stays_through_the_run_and_after_send() -> None:
+    kept: list[list[int]] = []
+
+    def rule(known: Known) -> Tensor:
+        kept.append(list(known.memory.setdefault("visited", [])))
+        known.memory["visited"].append(known.t)
+        return known.x0
+
+    pairs = SCHEDULE.ddim_timesteps(3)
+    steps = sample(rule, gaussian_eps, start(), pairs, SCHEDULE)
+    next(steps)
+    steps.send(2 * start())
+    next(steps)
+    (first, _), (second, _), _ = pairs
+    assert kept == [[], [first], [first, second]]
+    next(sample(rule, gaussian_eps, start(), pairs, SCHEDULE))
+    assert kept[-1] == []  # another run begins with nothing
+
+
+def test_a_rule_that_draws_needs_generators() -> None:
+    steps = sample(lambda known: known.draw(), gaussian_eps, start(), [(5, 3)], SCHEDULE)
+    with pytest.raises(ValueError, match="pass generators"):
+        next(steps)
+
+
+def test_samplers_by_name_are_the_public_functions_and_where_their_grids_end() -> None:
+    assert {name: (s.steps, s.end, s.options) for name, s in SAMPLERS.items()} == {
+        "ddim": (ddim, 0, ("eta",)),
+        "ddpm": (ddpm, -1, ()),
+    }
 
 
 # --- Randomness ------------------------------------------------------------------------------
