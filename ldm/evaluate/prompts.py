@@ -1,7 +1,7 @@
 """Does the model draw what the prompt says? Pictures of fresh captions are read back.
 
-The reader (`ldm.worlds.reader`) recovers a scene's attributes from pixels alone, so every claim of a
-prompt is right or wrong; what a prompt leaves open is not judged. Prompts are drawn until every
+The reader (`ldm.worlds.reader`) recovers a scene's attributes from pixels alone, so every claim of
+a prompt is right or wrong; what a prompt leaves open is not judged. Prompts are drawn until every
 value of every attribute has been asked for often enough. No prompt, picture or seed here was ever
 trained on.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,13 @@ import torch
 from tqdm import tqdm
 
 from ldm.pipeline import TextToImage
-from ldm.worlds.reader import read
-from ldm.worlds.scenes import ATTRIBUTES, HELD_OUT, SOME, Scene, training_scene
+from ldm.settings import Settings
 from ldm.train.clip import CLIPPair
 from ldm.train.data import pictures
+from ldm.worlds.captions import SOME
+from ldm.worlds.distribution import ATTRIBUTES, HELD_OUT
+from ldm.worlds.reader import read
+from ldm.worlds.scenes import Scene, training_scene
 
 EVALUATION_STREAM = 1_000_000
 """Training draws from the streams [seed, step]; no training takes this many steps."""
@@ -157,23 +160,28 @@ def evaluate(
     pair: CLIPPair | None = None,
     *,
     per_value: int = 100,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
     seed: int = 0,
 ) -> Results:
     """Measure a Horizon model: its pictures on fresh prompts, `per_value` or more for every value
     of every attribute and for each held-out combination; the autoencoder, and the CLIP pair if
-    given, on fresh scenes.
+    given, on fresh scenes. Settings that are None are the model's own.
 
     Raises:
-        ValueError: at the first picture, for settings that `TextToImage.denoise` refuses.
+        ValueError: for settings that `Settings.of` refuses, before the first picture.
     """
     prompts = [*fresh_prompts(per_value, seed), *held_out_prompts(per_value, seed)]
-    run = draw_and_read(
-        pipe, prompts, steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=seed
+    settings = Settings.of(
+        pipe.config,
+        [prompt.text for prompt in prompts],
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        seed=seed,
     )
-    judged = list(run)
+    judged = list(draw_and_read(pipe, prompts, settings))
     kept, psnr = autoencoder_scores(pipe, 3 * per_value, seed)
     return Results(
         prompts=prompt_scores((p, seen) for p, seen in judged if not p.held_out),
@@ -183,10 +191,10 @@ def evaluate(
         clip=None if pair is None else clip_score(pair, 5 * per_value, seed),
         settings={
             "prompts": len(prompts),
-            "sampler": sampler,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
+            "sampler": settings.sampler,
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "seed": settings.seed,
         },
     )
 
@@ -222,26 +230,18 @@ def held_out_prompts(per_case: int, seed: int) -> list[Prompt]:
 
 
 def draw_and_read(
-    pipe: TextToImage,
-    prompts: Sequence[Prompt],
-    *,
-    steps: int,
-    guidance_scale: float,
-    sampler: str,
-    seed: int,
-    batch_size: int = 32,
+    pipe: TextToImage, prompts: Sequence[Prompt], settings: Settings, batch_size: int = 32
 ) -> Iterator[tuple[Prompt, dict[str, str]]]:
-    """Draw each prompt once, picture i with seed + i, and read what it shows."""
+    """Draw each prompt once, by settings that hold their texts, picture i with seed + i, and read
+    what it shows."""
     for start in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch"):
         batch = prompts[start : start + batch_size]
-        images = pipe(
-            [prompt.text for prompt in batch],
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            seed=seed + start,
+        some = replace(
+            settings,
+            prompts=settings.prompts[start : start + batch_size],
+            seed=settings.seed + start,
         )
-        for prompt, image in zip(batch, images, strict=True):
+        for prompt, image in zip(batch, pipe.draw(some), strict=True):
             yield prompt, read(image)
 
 

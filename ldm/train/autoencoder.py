@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.config import HORIZON
-from ldm.worlds.scenes import Scene
 from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL, Posterior
+from ldm.worlds.scenes import Scene
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def encode_scenes(
     )
 
 
-def measured_scaling_factor(vae: AutoencoderKL, image_size: int, seed: int = 0) -> float:
-    """1 / std of the latents of 1,024 scenes, as SD v1's 0.18215 was found (LDM, appendix G)."""
-    scenes = draw_scenes(np.random.default_rng([seed, 1]), 1024)
+def measured_scaling_factor(
+    vae: AutoencoderKL, image_size: int, seed: int = 0, count: int = 1024
+) -> float:
+    """1 / std of the latents of `count` scenes, as SD v1's 0.18215 was found (LDM, appendix G)."""
+    scenes = draw_scenes(np.random.default_rng([seed, 1]), count)
     return round(1.0 / encode_scenes(vae, scenes, image_size).std().item(), 5)

@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import HORIZON
-from ldm.worlds.scenes import Scene
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.train.autoencoder import encode_scenes
 from ldm.train.data import draw_scenes, object_masks, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL
+from ldm.worlds.scenes import Scene
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoints.checkpoint import config_to_json, save_checkpoint
+from ldm.checkpoints.config_json import config_to_json
+from ldm.checkpoints.saving import save_checkpoint
+from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.config import HORIZON
 from ldm.files import write_text
 from ldm.schedule import NoiseSchedule
@@ -33,7 +35,6 @@ from ldm.train.clip import (
     CLIPPair,
     CLIPSettings,
     captions_to_learn_from,
-    load_pair,
     save_pair,
     train_clip,
 )
@@ -73,14 +74,14 @@ def clip(
 
     def fresh() -> CLIPPair:
         if resume:
-            tokenizer = Tokenizer.from_folder(out)
+            tokenizer = read_tokenizer(out)
         else:
             captions = captions_to_learn_from(settings.optimisation.seed)
             tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
         return CLIPPair(CLIPTextEncoder(HORIZON.text, tokenizer), settings.image_size)
 
     state = prepare(fresh, settings.optimisation, out, "clip", resume, device)
-    cast(CLIPPair, state.model).text.require_tokenizer().save(out)
+    write_tokenizer(cast(CLIPPair, state.model).text.require_tokenizer(), out)
     follow(train_clip(state, settings), state, out, "clip")
 
 
@@ -99,7 +100,7 @@ def diffusion(
 
     vae = AutoencoderKL(HORIZON.vae)
     vae.load_state_dict(averaged(out, "autoencoder"))
-    text = CLIPTextEncoder(HORIZON.text, Tokenizer.from_folder(out))
+    text = CLIPTextEncoder(HORIZON.text, read_tokenizer(out))
     pair = CLIPPair(text, CLIPSettings().image_size)
     pair.load_state_dict(averaged(out, "clip"))
     for frozen in (vae, pair):
@@ -146,17 +147,6 @@ def stage(
     optimisation = replace(settings.optimisation, **(stored | changes))
     settings = replace(settings, optimisation=optimisation)
     run(out, resume=resume, settings=settings, device=device)
-
-
-def report(out: Path) -> str:
-    """Evaluate the finished model of a run, write `evaluation.md` beside it, and return it."""
-    import ldm
-    from ldm.evaluate.prompts import evaluate
-
-    pipe = ldm.load(out, dtype=torch.float32)
-    text = evaluate(pipe, load_pair(out / PAIR_FILE, pipe.text)).as_markdown()
-    write_text(out / "evaluation.md", text + "\n")
-    return text
 
 
 def prepare(

@@ -17,8 +17,9 @@ a model has learnt can be read back and held against the truth:
     world.log_prob(truth)                             # (1000,)
     world.read(pictures)                              # the heights again
 
-As in `ldm.worlds.scenes`, `x` runs from 0 (left) to 1 (right) and `y` from 0 (bottom) to 1 (top), and a
-Gaussian number lies within three standard deviations of its mean: a horizon stays in its picture.
+As in `ldm.worlds.distribution`, `x` runs from 0 (left) to 1 (right) and `y` from 0 (bottom) to 1
+(top), and a Gaussian number lies within three standard deviations of its mean: a horizon stays in
+its picture.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor
 
 from ldm.worlds import painting
-from ldm.worlds.scenes import ATTRIBUTES, HOUSE_PROBABILITY, TRUNCATION, Scene, continuous
+from ldm.worlds.distribution import ATTRIBUTES, HOUSE_PROBABILITY, TRUNCATION, continuous
+from ldm.worlds.scenes import Scene
 
 
 class World(Protocol):
@@ -230,8 +232,8 @@ class House:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The Horizon world (`ldm.worlds.scenes`) in the ladder's form: a scene is a row of 19 numbers, the
-    places of its names in `ATTRIBUTES`, then its numbers."""
+    """The Horizon world (`ldm.worlds.distribution`) in the ladder's form: a scene is a row of 19
+    numbers, the places of its names in `ATTRIBUTES`, then its numbers."""
 
     names: ClassVar[tuple[str, ...]] = tuple(Scene.__dataclass_fields__)
     channels: ClassVar[int] = 3
@@ -300,7 +302,7 @@ def scene_log_prob(scene: Scene) -> float:
 
 
 def names_log_prob(names: Mapping[str, str]) -> float:
-    """The logarithm of the probability of a scene's eight names (`ldm.worlds.scenes`)."""
+    """The logarithm of the probability of a scene's eight names (`ldm.worlds.distribution`)."""
     house = [names[name] == "none" for name in ("house", "house_position", "house_size")]
     if any(house) != all(house):  # it has a colour, a place and a size, or none of them
         return -math.inf

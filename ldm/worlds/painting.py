@@ -1,21 +1,21 @@
 """How the Horizon world looks: its colours, its shapes, and the order in which they are painted.
 
-A scene (`ldm.worlds.scenes`) says *what* there is; this module turns it into pixels, from back to front:
-sky, stars, glow, clouds, sun or moon, ground, tree, house. Lengths are fractions of the picture's
-width, `x` to the right and `y` upwards, so the same scene looks the same at every size.
+A scene's names and numbers (`ldm.worlds.distribution`) say *what* there is; this module turns them
+into pixels, from back to front: sky, stars, glow, clouds, sun or moon, ground, tree, house. Lengths
+are fractions of the picture's width, `x` to the right and `y` upwards, so the same scene looks the
+same at every size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from ldm.worlds.scenes import Scene
+from ldm.worlds.distribution import Parameters
 
 Array = npt.NDArray[np.float32]
 
@@ -80,7 +80,7 @@ AMBIENT = {"day": "ffffff", "sunset": "ffd2b4", "night": "8c92c8"}
 LEAF = {"grass": "2f7d46", "sand": "3d8a4a", "snow": "2c6a5c"}
 
 
-def _lit(scene: Scene, code: str) -> Array:
+def _lit(scene: Parameters, code: str) -> Array:
     """A surface's colour in the light of the hour."""
     return rgb(code) * rgb(AMBIENT[scene.sky])
 
@@ -147,7 +147,7 @@ class Grid:
 # ---------------------------------------------------------------------------------- silhouettes
 
 
-def _ridge(scene: Scene, grid: Grid, depth: float) -> Array:
+def _ridge(scene: Parameters, grid: Grid, depth: float) -> Array:
     """The height (1, n) of a ridge of the land: depth 1 is the horizon, 0 the lower edge."""
     if scene.ground == "sea":
         return np.full_like(grid.x, scene.horizon_height * depth)
@@ -162,10 +162,10 @@ def _ridge(scene: Scene, grid: Grid, depth: float) -> Array:
     return height
 
 
-def silhouettes(scene: Scene, grid: Grid) -> dict[str, Array]:
+def silhouettes(scene: Parameters, grid: Grid) -> dict[str, Array]:
     """Coverage (n, n) of everything that stands before the sky, back to front.
 
-    The names are those of `Scene.masks`: "sun" or "moon", "ground", "tree", "house".
+    The names are those of the scene's masks: "sun" or "moon", "ground", "tree", "house".
     """
     shapes: dict[str, Array] = {}
     if scene.light != "none":
@@ -182,11 +182,11 @@ def silhouettes(scene: Scene, grid: Grid) -> dict[str, Array]:
     return shapes
 
 
-def _light_radius(scene: Scene) -> float:
+def _light_radius(scene: Parameters) -> float:
     return {"day": 0.062, "sunset": 0.068, "night": 0.058}[scene.sky]
 
 
-def _house_parts(scene: Scene, grid: Grid) -> dict[str, Array]:
+def _house_parts(scene: Parameters, grid: Grid) -> dict[str, Array]:
     """Coverage of the parts of the house, which stands on (house_x, house_y)."""
     x, y, w = scene.house_x, scene.house_y, scene.house_width
     chimney_side = 0.24 if scene.roll < 0.5 else -0.24
@@ -203,7 +203,7 @@ def _house_parts(scene: Scene, grid: Grid) -> dict[str, Array]:
     }
 
 
-def _tree_parts(scene: Scene, grid: Grid) -> tuple[Array, Array]:
+def _tree_parts(scene: Parameters, grid: Grid) -> tuple[Array, Array]:
     """Coverage of trunk and crown: a round tree on grass, a palm on sand, a fir on snow."""
     x, y, h = scene.tree_x, _tree_foot(scene), scene.tree_height
     if scene.ground == "grass":
@@ -242,7 +242,7 @@ def _tree_parts(scene: Scene, grid: Grid) -> tuple[Array, Array]:
     return trunk, crown
 
 
-def _tree_foot(scene: Scene) -> float:
+def _tree_foot(scene: Parameters) -> float:
     """A tree stands a little behind a house: higher up the picture."""
     return 0.62 * scene.horizon_height
 
@@ -250,7 +250,7 @@ def _tree_foot(scene: Scene) -> float:
 # ------------------------------------------------------------------------------------ painting
 
 
-def paint(scene: Scene, size: int) -> Array:
+def paint(scene: Parameters, size: int) -> Array:
     """The picture of a scene: (size, size, 3), 0 to 1 but for a little overshoot of the tint.
 
     Raises ValueError when `size` is below 8.
@@ -274,7 +274,7 @@ def _lay(canvas: Array, alpha: Array, colour: Array) -> None:
     canvas += alpha[..., None] * (colour - canvas)
 
 
-def _paint_sky(scene: Scene, grid: Grid, canvas: Array, shapes: dict[str, Array]) -> None:
+def _paint_sky(scene: Parameters, grid: Grid, canvas: Array, shapes: dict[str, Array]) -> None:
     h = scene.horizon_height
     canvas[:] = ramp(SKY[scene.sky], np.clip((grid.y - h) / np.float32(1 - h), 0.0, 1.0))
     if scene.sky == "night":
@@ -302,7 +302,7 @@ def _star_map() -> Array:
     return np.random.default_rng(7).random((26, 3)).astype(np.float32)
 
 
-def _paint_stars(scene: Scene, grid: Grid, canvas: Array) -> None:
+def _paint_stars(scene: Parameters, grid: Grid, canvas: Array) -> None:
     h = scene.horizon_height
     n = grid.n
     for star_x, star_y, bright in _star_map():
@@ -318,7 +318,7 @@ def _paint_stars(scene: Scene, grid: Grid, canvas: Array) -> None:
         _lay(canvas[rows, columns], alpha, rgb("fffbe8"))
 
 
-def _paint_clouds(scene: Scene, grid: Grid, canvas: Array) -> None:
+def _paint_clouds(scene: Parameters, grid: Grid, canvas: Array) -> None:
     h = scene.horizon_height
     clear = np.ones((), np.float32)
     if scene.light != "none":  # clouds keep off the sun
@@ -342,7 +342,7 @@ def _paint_clouds(scene: Scene, grid: Grid, canvas: Array) -> None:
             _lay(canvas, np.float32(0.55) * alpha * clear, rgb(CLOUD[scene.sky]))
 
 
-def _paint_ground(scene: Scene, grid: Grid, canvas: Array, ground: Array) -> None:
+def _paint_ground(scene: Parameters, grid: Grid, canvas: Array, ground: Array) -> None:
     if scene.ground == "sea":
         _paint_sea(scene, grid, canvas, ground)
         return
@@ -360,7 +360,7 @@ def _paint_ground(scene: Scene, grid: Grid, canvas: Array, ground: Array) -> Non
     _lay(canvas, np.float32(0.16) * edge, canvas * rgb("8c90b0"))
 
 
-def _paint_sea(scene: Scene, grid: Grid, canvas: Array, ground: Array) -> None:
+def _paint_sea(scene: Parameters, grid: Grid, canvas: Array, ground: Array) -> None:
     h = scene.horizon_height
     depth = np.clip(1 - grid.y / np.float32(h), 0.0, 1.0)  # (n, 1): 0 at the horizon, 1 nearest
     _lay(canvas, ground, np.broadcast_to(ramp(GROUND[scene.sky]["sea"], depth), canvas.shape))
@@ -380,14 +380,14 @@ def _paint_sea(scene: Scene, grid: Grid, canvas: Array, ground: Array) -> None:
         _lay(canvas, (ground * path * glitter).astype(np.float32), colour)
 
 
-def _shadow(scene: Scene, grid: Grid, canvas: Array, x: float, y: float, width: float) -> None:
+def _shadow(scene: Parameters, grid: Grid, canvas: Array, x: float, y: float, width: float) -> None:
     """A soft shadow on the ground, away from the light."""
     away = {"none": 0.0, "left": 0.25, "right": -0.25}[scene.light] * width
     alpha = grid.ellipse(x + away, y - 0.004, 0.62 * width, 0.07 * width + 0.006, 1.2)
     _lay(canvas, np.float32(0.32) * alpha, canvas * rgb("40486a"))
 
 
-def _paint_tree(scene: Scene, grid: Grid, canvas: Array) -> None:
+def _paint_tree(scene: Parameters, grid: Grid, canvas: Array) -> None:
     x, y, h = scene.tree_x, _tree_foot(scene), scene.tree_height
     _shadow(scene, grid, canvas, x, y, 0.36 * h)
     trunk, crown = _tree_parts(scene, grid)
@@ -403,7 +403,7 @@ def _paint_tree(scene: Scene, grid: Grid, canvas: Array) -> None:
             _lay(canvas, np.float32(0.8) * cap, _lit(scene, "f4f9ff"))
 
 
-def _paint_house(scene: Scene, grid: Grid, canvas: Array) -> None:
+def _paint_house(scene: Parameters, grid: Grid, canvas: Array) -> None:
     x, y, w = scene.house_x, scene.house_y, scene.house_width
     _shadow(scene, grid, canvas, x, y, w)
     parts = _house_parts(scene, grid)

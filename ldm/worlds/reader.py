@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm.worlds import painting
+from ldm.worlds.distribution import ATTRIBUTES
 from ldm.worlds.painting import CLOUD, GROUND, LIGHT, SKY
-from ldm.worlds.scenes import ATTRIBUTES, Scene
+from ldm.worlds.scenes import Scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +48,7 @@ CONTRAST = 20.0  # grey levels: and how far, at least, that must bring the pixel
 
 
 def read(image: Image | npt.NDArray[np.uint8]) -> dict[str, str]:
-    """Every attribute of `ldm.worlds.scenes.ATTRIBUTES`, read from the pixels alone.
+    """Every attribute of `ldm.worlds.distribution.ATTRIBUTES`, read from the pixels alone.
 
     `image` is an RGB picture or a uint8 array (height, width, 3), square, of any size (32 and more
     make sense). Sky, ground and horizon are always the nearest of their values; light, house and

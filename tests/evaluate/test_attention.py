@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import ldm
+from ldm.checkpoints.tokenizer_files import write_tokenizer
 from ldm.cli import main as cli
-from ldm.worlds.scenes import Scene
-from ldm.observe.traces import Word, daam, group_words, prompt_to_prompt
 from ldm.evaluate import attention
 from ldm.evaluate.attention import (
     NAMES,
@@ -38,7 +37,9 @@ from ldm.evaluate.attention import (
     told_scenes,
     watch,
 )
+from ldm.observe.maps import Word, daam, group_words, prompt_to_prompt
 from ldm.train.data import OBJECTS, pictures
+from ldm.worlds.scenes import Scene
 from tests.helpers import randn, random_checkpoint, rng, tiny_config, tiny_tokenizer
 
 # -------------------------------------------------------------------------------- maps to masks
@@ -286,7 +287,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny = tiny_config()
     config = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, max_length=200))
-    tiny_tokenizer().save(folder)
+    write_tokenizer(tiny_tokenizer(), folder)
     random_checkpoint(folder / "model.safetensors", config)
     return folder / "model.safetensors"
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.worlds.reader import read
-from ldm.worlds.scenes import ATTRIBUTES, HELD_OUT, SOME, Scene, training_scene
 from ldm.evaluate.prompts import (
     DRAWN,
     NOT_DRAWN,
@@ -28,6 +26,10 @@ from ldm.evaluate.prompts import (
     table,
     verdicts,
 )
+from ldm.worlds.captions import SOME
+from ldm.worlds.distribution import ATTRIBUTES, HELD_OUT
+from ldm.worlds.reader import read
+from ldm.worlds.scenes import Scene, training_scene
 
 NIGHT = dict.fromkeys(ATTRIBUTES, "none") | {"sky": "night", "ground": "grass", "horizon": "low"}
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.attention import AttentionWeights
-from ldm.checkpoints.checkpoint import load_stages
+from ldm.checkpoints.loading import load_stages
+from ldm.layers import Upsample
 from ldm.speed.cpu import (
     BLOCK,
     FAST,
@@ -27,7 +28,6 @@ from ldm.speed.cpu import (
     optimize,
     rest,
 )
-from ldm.layers import Upsample
 from tests.helpers import (
     randn,
     random_stage,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.archive import MappedFile
+from ldm.checkpoints.entries import MappedFile
 from ldm.speed.memory import linux_libc, release, trim
 from tests.helpers import randn
 

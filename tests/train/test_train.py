@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 import ldm
 from ldm.cli import main as cli
-from ldm.config import HORIZON
+from ldm.cli import train as train_command
+from ldm.config import HORIZON, ModelConfig
 from ldm.errors import UnreadableError
-from ldm.worlds.scenes import HELD_OUT
+from ldm.evaluate import prompts as measure
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
-from ldm.evaluate import prompts as measure
 from ldm.train import run
 from ldm.train.autoencoder import AutoencoderSettings, measured_scaling_factor, train_autoencoder
 from ldm.train.clip import (
@@ -38,20 +38,35 @@ from ldm.train.diffusion import DiffusionSettings, LatentSet, encode_set, train_
 from ldm.train.state import Optimisation, Record, StageError, TrainState
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+from ldm.worlds.distribution import HELD_OUT
+from tests.helpers import tiny_config
 
-SHORT = Optimisation(steps=40, batch_size=8, learning_rate=2e-3, warmup=5)
+SHORT = Optimisation(steps=25, batch_size=4, learning_rate=2e-3, warmup=5)
+
+# The kinds of layers that Horizon has, but as few and as narrow as they come.
+TINY = tiny_config()
+TEXT = dataclasses.replace(
+    TINY.text, max_length=64, vocab_size=690, bos_token_id=688, eos_token_id=689
+)
+MODEL = dataclasses.replace(TINY, text=TEXT)
+SIZE = MODEL.image_size
+TOWER_SIZE = 32  # the image tower halves it to 4 x 4, with blocks in between
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(captions_to_learn_from(0), HORIZON.text.vocab_size)
+    return Tokenizer.train(captions_to_learn_from(0, 300), TEXT.vocab_size)
 
 
 @pytest.fixture(scope="module")
-def data() -> LatentSet:
+def vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(HORIZON.vae).requires_grad_(False)
-    return encode_set(vae, DiffusionSettings(num_scenes=64))
+    return AutoencoderKL(MODEL.vae).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(vae: AutoencoderKL) -> LatentSet:
+    return encode_set(vae, DiffusionSettings(num_scenes=64, image_size=SIZE))
 
 
 def loop(
@@ -60,14 +75,15 @@ def loop(
     """A fresh state of a stage, and its loop."""
     torch.manual_seed(0)
     if name == "autoencoder":
-        state = TrainState(AutoencoderKL(HORIZON.vae), settings)
-        return state, train_autoencoder(state, AutoencoderSettings(optimisation=settings))
+        state = TrainState(AutoencoderKL(MODEL.vae), settings)
+        recipe = AutoencoderSettings(optimisation=settings, image_size=SIZE)
+        return state, train_autoencoder(state, recipe)
     if name == "clip":
-        state = TrainState(CLIPPair(CLIPTextEncoder(HORIZON.text, tokenizer), 64), settings)
+        state = TrainState(CLIPPair(CLIPTextEncoder(TEXT, tokenizer), TOWER_SIZE), settings)
         return state, train_clip(state, CLIPSettings(optimisation=settings))
-    state = TrainState(UNet(HORIZON.unet), settings)
-    text = CLIPTextEncoder(HORIZON.text, tokenizer).requires_grad_(False)
-    schedule = NoiseSchedule(HORIZON.schedule)
+    state = TrainState(UNet(MODEL.unet), settings)
+    text = CLIPTextEncoder(TEXT, tokenizer).requires_grad_(False)
+    schedule = NoiseSchedule(MODEL.schedule)
     diffusion = DiffusionSettings(optimisation=settings)
     return state, train_diffusion(state, diffusion, data, text, schedule)
 
@@ -85,7 +101,7 @@ def test_the_loss_falls(name: str, tokenizer: Tokenizer, data: LatentSet) -> Non
 def test_a_resumed_run_equals_one_that_never_stopped(
     name: str, tokenizer: Tokenizer, data: LatentSet, tmp_path: Path
 ) -> None:
-    settings = dataclasses.replace(SHORT, steps=4, batch_size=4)
+    settings = dataclasses.replace(SHORT, steps=4)
     whole, records = loop(name, settings, tokenizer, data)
     last = list(records)[-1]
 
@@ -179,24 +195,46 @@ def test_equal_captions_share_their_target() -> None:
     assert same.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
 
 
-def test_the_scaling_factor_makes_latents_of_unit_std(data: LatentSet) -> None:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(HORIZON.vae).requires_grad_(False)
-    factor = measured_scaling_factor(vae, 64)
-    config = dataclasses.replace(HORIZON.vae, scaling_factor=factor)
-    scaled = data.latents * config.scaling_factor / HORIZON.vae.scaling_factor
+def test_the_scaling_factor_makes_latents_of_unit_std(vae: AutoencoderKL, data: LatentSet) -> None:
+    factor = measured_scaling_factor(vae, SIZE, count=256)
+    scaled = data.latents * factor / MODEL.vae.scaling_factor
     # Other scenes, and latents in bfloat16: 64 scenes give the std to a few per cent.
     assert scaled.std().item() == pytest.approx(1.0, abs=0.1)
 
 
+def few_of_a_tiny_model(patch: pytest.MonkeyPatch) -> None:
+    """Let the stages train the tiny model, on few scenes and captions: all else is as it is."""
+    recipes = {
+        "autoencoder": functools.partial(AutoencoderSettings, image_size=SIZE),
+        "clip": CLIPSettings,
+        "diffusion": functools.partial(DiffusionSettings, image_size=SIZE, num_scenes=8),
+    }
+    for name, recipe in recipes.items():
+        patch.setitem(run.STAGES, name, (run.STAGES[name][0], recipe))
+    patch.setattr(run, "HORIZON", MODEL)
+    few_captions = functools.partial(captions_to_learn_from, count=300)
+    patch.setattr(run, "captions_to_learn_from", few_captions)
+    few_scenes = functools.partial(measured_scaling_factor, count=32)
+    patch.setattr(run, "measured_scaling_factor", few_scenes)
+
+
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three stages with few scenes."""
-    few = lambda: DiffusionSettings(num_scenes=32)  # noqa: E731
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_of_a_tiny_model(monkeypatch)
+
+
+@pytest.fixture(params=["tiny", pytest.param("horizon", marks=pytest.mark.slow)])
+def trained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """The model that the stages train: a tiny one, or Horizon itself on few scenes."""
+    if request.param == "tiny":
+        few_of_a_tiny_model(monkeypatch)
+        return MODEL
+    few = functools.partial(DiffusionSettings, num_scenes=32)
     monkeypatch.setitem(run.STAGES, "diffusion", (run.diffusion, few))
+    return HORIZON
 
 
-def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> None:
+def test_the_commands_make_a_model_that_loads(trained: ModelConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     short = ["--out", str(out), "--steps", "3", "--batch-size", "4", "--device", "cpu"]
     for stage in ("autoencoder", "clip", "diffusion"):
@@ -209,27 +247,27 @@ def test_the_commands_make_a_model_that_loads(quick: None, tmp_path: Path) -> No
     last = json.loads((out / "diffusion.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3 and last["loss"] > 0
     pipe = ldm.load(out, device="cpu")
-    assert pipe("a red house", steps=2)[0].size == (HORIZON.image_size, HORIZON.image_size)
+    assert pipe("a red house", steps=2)[0].size == (trained.image_size, trained.image_size)
     ema = torch.load(out / "diffusion.pt", weights_only=True)["ema"]["conv_in.weight"]
     assert torch.equal(pipe.unet.conv_in.weight, ema.half().float())  # what ships is the mean
     pair = load_pair(out / "clip.safetensors", pipe.text)
     mean = torch.load(out / "clip.pt", weights_only=True)["ema"]
     assert torch.equal(pair.image.project.weight, mean["image.project.weight"].half().float())
     grey = torch.zeros(1, 3, pair.image_size, pair.image_size)
-    assert pair.embed_images(grey).shape == (1, HORIZON.text.hidden_size)
+    assert pair.embed_images(grey).shape == (1, trained.text.hidden_size)
 
 
 @pytest.mark.parametrize("content", ["nothing", "garbage", "no metadata", "another width"])
 def test_a_file_that_is_no_clip_pair_is_told_in_one_line(
     tmp_path: Path, tokenizer: Tokenizer, content: str
 ) -> None:
-    text, path = CLIPTextEncoder(HORIZON.text, tokenizer), tmp_path / "clip.safetensors"
+    text, path = CLIPTextEncoder(TEXT, tokenizer), tmp_path / "clip.safetensors"
     if content == "garbage":
         path.write_bytes(b"garbage")
     elif content == "no metadata":
         save_file({"a": torch.ones(1)}, path)
     elif content == "another width":
-        narrow = dataclasses.replace(HORIZON.text, hidden_size=64)
+        narrow = dataclasses.replace(TEXT, hidden_size=16)
         save_pair(path, CLIPPair(CLIPTextEncoder(narrow), 64))
     with pytest.raises(UnreadableError, match="is not a CLIP pair for this model") as error:
         load_pair(path, text)
@@ -265,10 +303,10 @@ def test_bad_training_arguments_are_refused_before_any_work(
 
 
 def test_the_command_names_the_stages_that_there_are() -> None:
-    assert tuple(run.STAGES) == cli.STAGES
+    assert tuple(run.STAGES) == train_command.STAGES
 
 
-def test_resume_goes_on_with_the_settings_of_the_start(tmp_path: Path) -> None:
+def test_resume_goes_on_with_the_settings_of_the_start(tiny: None, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     start = ["train", "clip", "--out", out, "--device", "cpu"]
     assert cli.main([*start, "--steps", "2", "--batch-size", "4", "--seed", "5"]) == 0
@@ -288,13 +326,15 @@ def test_a_stage_refuses_an_unfinished_one_before_it(
 
 
 def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny = Optimisation(steps=2, batch_size=4, learning_rate=1e-3)
+    two_steps = Optimisation(steps=2, batch_size=4, learning_rate=1e-3)
     for name, (function, recipe) in run.STAGES.items():
-        few = {"num_scenes": 8} if name == "diffusion" else {}
-        short = dataclasses.replace(recipe(), optimisation=tiny, **few)
-        monkeypatch.setitem(run.STAGES, name, (function, lambda short=short: short))
+        short = functools.partial(recipe, optimisation=two_steps)
+        monkeypatch.setitem(run.STAGES, name, (function, short))
     quick = functools.partial(measure.evaluate, per_value=1, steps=1)
     monkeypatch.setattr(measure, "evaluate", quick)
 

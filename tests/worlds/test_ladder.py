@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.worlds import scenes
 from ldm.samplers import ddim
-from ldm.worlds.scenes import ATTRIBUTES, Scene, continuous
 from ldm.schedule import NoiseSchedule, eps_from_x0
+from ldm.worlds.distribution import ATTRIBUTES, all_names, continuous
 from ldm.worlds.ladder import (
     HOUSE_COLOURS,
     Checkerboards,
@@ -30,6 +29,7 @@ from ldm.worlds.ladder import (
     scene_log_prob,
     shares,
 )
+from ldm.worlds.scenes import Scene
 from tests.helpers import rng
 
 LADDER: tuple[World, ...] = (Checkerboards(), Sea(), House(), Scenes())
@@ -239,7 +239,7 @@ def test_shares_turn_mixing_around() -> None:
 
 
 def test_the_probabilities_of_all_names_sum_to_1() -> None:
-    table = {tuple(sorted(names.items())): p for names, p in scenes._all_names()}
+    table = {tuple(sorted(names.items())): p for names, p in all_names()}
     total = 0.0
     for values in product(*ATTRIBUTES.values()):
         names = dict(zip(ATTRIBUTES, values, strict=True))
