@@ -31,7 +31,7 @@ class CLIPTextEncoder(nn.Module):
 
         super().__init__()
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, config)
+            check_tokenizer(tokenizer, config)
         self.config = config
         self.tokenizer = tokenizer
         model = CLIPTextModel(
@@ -108,8 +108,8 @@ class CLIPTextEncoder(nn.Module):
         return self.tokenizer
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:
-    """The ids of a tokenizer must be those that the weights were trained with."""
+def check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:
+    """A ValueError unless the ids of a tokenizer are those that the weights were trained with."""
     ours = (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     theirs = (config.vocab_size, config.bos_token_id, config.eos_token_id)
     if ours != theirs:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ldm.checkpoints.checkpoint import SUFFIXES, Ema, Plan, open_model, plan_stages
+from ldm.checkpoints.diffusers.writing import save_folder
+from ldm.checkpoints.download import require_tokenizer
+from ldm.checkpoints.filling import fill
+from ldm.checkpoints.folders import SUFFIXES
+from ldm.checkpoints.loading import joint_config, open_model, plan_stages
+from ldm.checkpoints.planning import Ema, Plan
+from ldm.checkpoints.saving import save_model
+from ldm.checkpoints.tokenizer_files import check_beside
 from ldm.config import ModelConfig
 from ldm.device import check_dtype
-from ldm.checkpoints.diffusers_layout import save_folder
-from ldm.checkpoints.download import require_tokenizer
 from ldm.files import check_writable
-from ldm.pipeline import TextToImage, check_beside
-from ldm.tokenizer import Tokenizer
 
 
 def convert(
@@ -47,27 +51,21 @@ def convert(
     check_target(
         target, {entry.file.path for one in sources.values() for entry in one.entries.values()}
     )
-
-    def tokenizer(weights: Path, vocab_size: int) -> Tokenizer:
-        found = require_tokenizer(weights, vocab_size)
-        if is_file(target):
-            check_beside(target, found)
-        return found
-
-    plans = plan_stages(sources, ema, tokenizer)
-    dtype = stored_dtype(plans.values()) if dtype is None else dtype
-    pipe = TextToImage.from_plans(plans, device=torch.device("cpu"), dtype=dtype)
+    plans = plan_stages(sources, ema)
+    vocab_size = plans["text"].config.text.vocab_size
+    tokenizer = require_tokenizer(plans["text"].path, vocab_size)
     if is_file(target):
-        pipe.save(target)
+        check_beside(target, tokenizer)
+    config = joint_config(sources)
+    dtype = stored_dtype(plans.values()) if dtype is None else dtype
+    cpu = torch.device("cpu")
+    stages: dict[str, Any] = {
+        stage: fill(plan, cpu, dtype, tokenizer=tokenizer) for stage, plan in plans.items()
+    }
+    if is_file(target):
+        save_model(target, **stages, config=config)
     else:
-        save_folder(
-            target,
-            unet=pipe.unet,
-            vae=pipe.vae,
-            text=pipe.text,
-            config=pipe.config,
-            tokenizer=pipe.text.require_tokenizer(),
-        )
+        save_folder(target, **stages, config=config, tokenizer=tokenizer)
 
 
 def is_file(target: Path) -> bool:

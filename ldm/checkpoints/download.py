@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.recipe import file_sha256
-from ldm.tokenizer import CLIP_REPO, CLIP_VOCAB_SIZE, Tokenizer, beside, find
+from ldm.checkpoints.tokenizer_files import (
+    CLIP_REPO,
+    CLIP_VOCAB_SIZE,
+    find_tokenizer,
+    read_tokenizer,
+    tokenizer_beside,
+)
+from ldm.files import file_sha256
+from ldm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -99,31 +106,31 @@ def download(model: str, folder: str | Path = "weights") -> Path:
         check_file(path, known, "move it away to fetch the official one")
     else:
         fetch_weights(known, path)
-    if beside(path) is None:
+    if tokenizer_beside(path) is None:
         for file in VOCABULARY:
             to = path.with_name(file)
             fetch(CLIP_REPO, file, part_of(to), offered(CLIP_REPO, file).size)
             part_of(to).replace(to)
-    find(path, CLIP_VOCAB_SIZE)  # a ValueError if it is not CLIP's
+    find_tokenizer(path, CLIP_VOCAB_SIZE)  # a ValueError if it is not CLIP's
     return path
 
 
 def require_tokenizer(weights: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of some weights: found (see `ldm.tokenizer.find`), or else, for CLIP's own
+    """The tokenizer of some weights: found (see `find_tokenizer`), or else, for CLIP's own
     vocabulary, fetched into the Hub's cache.
 
     Raises:
         FileNotFoundError: there is none to be had; one line says how to get it.
         ValueError: what was found cannot be read, or has another size.
     """
-    tokenizer = find(weights, vocab_size)
+    tokenizer = find_tokenizer(weights, vocab_size)
     if tokenizer is not None:
         return tokenizer
     where = f"no tokenizer for {weights}: put vocab.json and merges.txt beside it"
     if vocab_size != CLIP_VOCAB_SIZE:
         raise FileNotFoundError(f"{where}; {vocab_size} tokens are not CLIP's vocabulary")
     try:
-        return Tokenizer.from_folder(cache_vocabulary())
+        return read_tokenizer(cache_vocabulary())
     except DownloadError as error:
         page = f"https://huggingface.co/{CLIP_REPO}"
         raise FileNotFoundError(f"{where}, from {page}; fetching them failed: {error}") from error

@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.archive import Entry
-from ldm.checkpoints.checkpoint import STAGES, is_expendable, official_entries, open_any, too_small
-from ldm.config import SD_V1, ModelConfig
-from ldm.checkpoints.diffusers_layout import text_layers
+from ldm.checkpoints.diffusers.names import text_layers
 from ldm.checkpoints.download import identify
-from ldm.errors import some
+from ldm.checkpoints.entries import Entry
+from ldm.checkpoints.families import is_sd_v1, other_family
 from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
-from ldm.recipe import file_sha256
-from ldm.checkpoints.recognise import EMA, ema_name, ignored_in, is_sd_v1, other_family, stages_in
+from ldm.checkpoints.opening import open_archive
+from ldm.checkpoints.recognise import official_entries, own_config
+from ldm.checkpoints.spellings import EMA, ema_name, ignored_in, is_expendable, stages_in
+from ldm.checkpoints.stages import STAGES, too_small
+from ldm.config import SD_V1, ModelConfig
+from ldm.errors import some
+from ldm.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Inspection:
 
     Attributes:
         path, size: where, and how many bytes in all.
-        container: as `ldm.checkpoints.archive.Archive` has it: "safetensors", say.
+        container: as `ldm.checkpoints.entries.Archive` has it: "safetensors", say.
         family: "Stable Diffusion v1", the name in the file's own config, or what else it is.
         loads: whether ldm loads this kind of model; what is wrong with a single tensor is only
             found out by loading.
@@ -101,8 +104,9 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
         FileNotFoundError: nothing is there.
         CheckpointError: it is no file of weights, or a damaged one; see `ldm.errors`.
     """
-    archive, config = open_any(path)
-    entries = official_entries(archive)
+    archive = open_archive(path)
+    config = own_config(archive)
+    entries = official_entries(archive, config)
     family, loads, config = family_of(entries, config)
     unknown = unknown_keys(entries, config)
     weights = {k: e for k, e in entries.items() if k not in unknown and not is_expendable(k)}

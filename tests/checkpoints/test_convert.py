@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ldm
-from ldm.checkpoints.checkpoint import Place, Plan
 from ldm.checkpoints.convert import convert, stored_dtype
-from ldm.errors import KeysError, MissingPartsError, NonFiniteError
 from ldm.checkpoints.keys import computed_entries
+from ldm.checkpoints.planning import Place, Plan
+from ldm.checkpoints.tokenizer_files import write_tokenizer
+from ldm.errors import KeysError, MissingPartsError, NonFiniteError
 from tests.helpers import (
     assert_filled,
     tiny_config,
@@ -27,8 +28,8 @@ from tests.helpers import (
     write_training_run,
     write_weights,
 )
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 UNET_KEY = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 
 
@@ -67,7 +68,9 @@ def test_to_a_folder_and_back_is_the_same_file(source: Path, tmp_path: Path) -> 
         assert (tmp_path / name).read_bytes() == source.with_name(name).read_bytes()
 
 
-CONVERT = "import sys; from ldm.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2])"
+CONVERT = (
+    "import sys; from ldm.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2])"
+)
 
 
 def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -194,9 +197,9 @@ def test_another_models_tokenizer_stays_and_is_told_before_the_work(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    ldm.tokenizer.Tokenizer.train(["blue"] * 9, 520).save(other)
+    write_tokenizer(ldm.tokenizer.Tokenizer.train(["blue"] * 9, 520), other)
     before = everything_in(tmp_path)
-    monkeypatch.setattr(ldm.pipeline, "fill", None)
+    monkeypatch.setattr(ldm.checkpoints.convert, "fill", None)
     with pytest.raises(ValueError, match="holds another model's tokenizer"):
         convert(source, other / "clean.safetensors")
     assert everything_in(tmp_path) == before
@@ -231,7 +234,7 @@ def test_the_order_of_types_does_not_matter() -> None:
 
     def plan(*dtypes: torch.dtype) -> Plan:
         places = {str(n): Place("", Stored(dtype)) for n, dtype in enumerate(dtypes)}  # type: ignore
-        return Plan(None, None, places, False)  # type: ignore[arg-type]
+        return Plan("unet", None, places, False, None)  # type: ignore[arg-type]
 
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     assert stored_dtype([plan(half, brain)]) == stored_dtype([plan(brain), plan(half)]) == single

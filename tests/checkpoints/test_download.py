@@ -23,9 +23,10 @@ import pytest
 
 from ldm.checkpoints import download as module
 from ldm.checkpoints.download import DownloadError, KnownFile, download, identify, known_files
-from ldm.tokenizer import CLIP_MERGES, CLIP_REPO, Tokenizer, base_tokens, vocab_of
+from ldm.checkpoints.tokenizer_files import CLIP_MERGES, CLIP_REPO, read_tokenizer, write_tokenizer
+from ldm.tokenizer import Tokenizer, base_tokens, vocab_of
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 KNOWN = KnownFile(
     model="small",
@@ -130,7 +131,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vocabulary")
     letters = base_tokens()[:256]
     merges = list(itertools.islice(itertools.product(letters, letters), CLIP_MERGES))
-    Tokenizer(vocab_of(merges), merges).save(folder)
+    write_tokenizer(Tokenizer(vocab_of(merges), merges), folder)
     return folder
 
 
@@ -212,7 +213,7 @@ def test_weights_and_tokenizer_arrive_in_a_folder_of_their_own(hub: Hub, tmp_pat
     path = download("small", tmp_path / "weights")
     assert path == tmp_path / "weights" / "small" / "small.ckpt"
     assert path.read_bytes() == CONTENT
-    assert len(Tokenizer.from_folder(path.parent)) == 49408
+    assert len(read_tokenizer(path.parent)) == 49408
     assert {p.name for p in path.parent.iterdir()} == {"small.ckpt", "vocab.json", "merges.txt"}
 
 
@@ -226,7 +227,7 @@ def test_what_is_there_and_right_is_not_asked_for_again(hub: Hub, tmp_path: Path
     (path.parent / "merges.txt").unlink()
     download("small", tmp_path)
     assert hub.asked and not any("small.ckpt" in asked for asked in hub.asked)
-    assert len(Tokenizer.from_folder(path.parent)) == 49408
+    assert len(read_tokenizer(path.parent)) == 49408
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_an_interrupted_tokenizer_is_no_tokenizer(hub: Hub, tmp_path: Path) -> N
         download("small", tmp_path)
     assert not (tmp_path / "small" / "merges.txt").exists()
     hub.cut.clear()
-    assert len(Tokenizer.from_folder(download("small", tmp_path).parent)) == 49408
+    assert len(read_tokenizer(download("small", tmp_path).parent)) == 49408
 
 
 def test_a_part_that_is_longer_than_the_file_is_given_up(hub: Hub, tmp_path: Path) -> None:
@@ -505,7 +506,7 @@ def test_a_file_in_the_folders_place_is_said(hub: Hub, tmp_path: Path) -> None:
 
 def test_another_models_tokenizer_in_the_folder_is_named(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
-    Tokenizer.train(["a red house"] * 5, vocab_size=520).save(tmp_path / "small")
+    write_tokenizer(Tokenizer.train(["a red house"] * 5, vocab_size=520), tmp_path / "small")
     with pytest.raises(ValueError, match=r"it has \d+ tokens, the text encoder 49408"):
         download("small", tmp_path)
 
@@ -525,7 +526,7 @@ def test_a_missing_tokenizer_is_fetched_into_the_hubs_cache_once(hub: Hub, tmp_p
 
 def test_a_tokenizer_beside_the_weights_is_enough(hub: Hub, tmp_path: Path) -> None:
     own = Tokenizer.train(["a red house"] * 5, vocab_size=520)
-    own.save(tmp_path)
+    write_tokenizer(own, tmp_path)
     assert module.require_tokenizer(tmp_path / "model.ckpt", len(own)) == own
     assert hub.asked == []
 

@@ -1,7 +1,7 @@
 """Files of weights that were cut, flipped and spliced: an error in one line, and nothing else.
 
-`LDM_FUZZ_CASES=100000 pytest tests/test_fuzz.py` draws that many cases, other ones every time; the
-5,000 that are drawn otherwise are always the same.
+`LDM_FUZZ_CASES=100000 pytest tests/checkpoints/test_fuzz.py` draws that many cases, others each
+time; the 5,000 that are drawn otherwise are always the same.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.checkpoints.archive import open_archive
+from ldm.checkpoints.opening import open_archive
 from ldm.errors import CheckpointError
+from tests.checkpoints.malicious import (
+    MALICIOUS,
+    legacy_file,
+    number,
+    pickle_of,
+    table,
+    tensor,
+    zip_file,
+)
+from tests.checkpoints.pickles.helpers import bits, save
 from tests.helpers import a_million_dicts, randn
-from tests.checkpoints.malicious import MALICIOUS, legacy_file, number, pickle_of, table, tensor, zip_file
-from tests.test_pickles import bits, save
 
 T = TypeVar("T")
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "5000"))

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 import ldm
-from ldm.checkpoints.checkpoint import build_stage
-from ldm.config import SD_V1
-from ldm.checkpoints.diffusers_layout import save_folder
+from ldm.checkpoints.config_json import config_to_json
+from ldm.checkpoints.diffusers.writing import save_folder
 from ldm.checkpoints.download import known_files
-from ldm.errors import FamilyError, UnreadableError
 from ldm.checkpoints.inspection import known_as
 from ldm.checkpoints.keys import key_map
+from ldm.checkpoints.stages import empty_stage
+from ldm.config import SD_V1
+from ldm.errors import FamilyError, UnreadableError
 from tests.helpers import (
     CONTAINERS,
     STAGES,
@@ -33,8 +34,8 @@ from tests.helpers import (
     write_training_run,
     write_weights,
 )
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 COUNTS = {
     stage: len(key_map(random_stage(stage, tiny_config())))  # of weights: buffers do not count
     for stage in STAGES
@@ -69,11 +70,11 @@ def sd_v1_shapes(folder: Path, stages=STAGES) -> Path:
     header: dict[str, object] = {}
     end = 0
     for stage in stages:
-        with torch.device("meta"):
-            model = build_stage(stage, SD_V1)
+        model = empty_stage(stage, SD_V1, folder)
+        tensors = model.state_dict()
         for ours, official in key_map(model).items():
-            shape, start = list(model.state_dict()[ours].shape), end
-            end += 4 * model.state_dict()[ours].numel()
+            shape, start = list(tensors[ours].shape), end
+            end += 4 * tensors[ours].numel()
             header[official] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     path = folder / "v1-4.safetensors"
@@ -117,8 +118,8 @@ def test_a_file_of_four_gigabytes_takes_less_than_half_of_importing_torch(tmp_pa
         assert "Stable Diffusion v1" in run.stdout
         return float(run.stderr)
 
-    # The best of a few: another process on the machine can only make one slower.
-    assert min(ratio() for _ in range(3)) < 0.5
+    # One of a few: another process on the machine can only make one slower.
+    assert any(ratio() < 0.5 for _ in range(3))
 
 
 @pytest.mark.parametrize("container", CONTAINERS[1:])
@@ -163,7 +164,8 @@ def test_ema_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_alone(tmp_path: Path, stage: str) -> None:
     model = random_stage(stage, tiny_config())
-    tensors = {key: model.state_dict()[ours] for ours, key in key_map(model).items()}
+    state = model.state_dict()
+    tensors = {key: state[ours] for ours, key in key_map(model).items()}
     found = ldm.inspect(write_weights(tmp_path / "file", tensors, config=tiny_config()))
     assert found.stages == {stage: COUNTS[stage]}
     assert found.missing == tuple(other for other in STAGES if other != stage)
@@ -237,7 +239,7 @@ def test_a_broken_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_absurd_config_takes_no_time(tmp_path: Path) -> None:
-    absurd = json.loads(ldm.checkpoints.checkpoint.config_to_json(tiny_config()))
+    absurd = json.loads(config_to_json(tiny_config()))
     absurd["unet"]["num_res_blocks"] = absurd["vae"]["num_res_blocks"] = 2**20
     absurd["text"]["num_layers"] = 2**20
     path = tmp_path / "file"

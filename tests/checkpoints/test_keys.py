@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import build_stage
-from ldm.config import HORIZON, SD_V1, ModelConfig, ScheduleConfig
 from ldm.checkpoints.keys import PREFIXES, computed_entries, key_map, schedule_entries
+from ldm.checkpoints.stages import build_stage
+from ldm.config import HORIZON, SD_V1, ModelConfig, ScheduleConfig
 from tests.helpers import STAGES, tiny_config
+from tests.places import SHARED
 
-OFFICIAL_KEYS = Path(__file__).parents[3] / "shared" / "sd_v1" / "keys.json"
+OFFICIAL_KEYS = SHARED / "sd_v1" / "keys.json"
 # sha256 of the official checkpoint's 1130 parameters, as sorted lines "key [shape]".
 OFFICIAL_DIGEST = "bcf4603c65ebe128ddff3a53973ab8eac10a5560f7a17846af3c3026837b5295"
 

@@ -1,0 +1,90 @@
+"""Other kinds of models, told by their keys and shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ldm.checkpoints.entries import Entry
+from ldm.checkpoints.families import is_sd_v1, other_family
+from ldm.checkpoints.keys import PREFIXES, key_map
+from ldm.checkpoints.spellings import official_name
+from ldm.checkpoints.stages import build_stage
+from ldm.config import SD_V1
+from tests.helpers import STAGES, tiny_config
+
+UNET, VAE, TEXT = PREFIXES.values()
+
+
+def entries(**shapes: tuple[int, ...]) -> dict[str, Entry]:
+    """Entries of no file; in the names, two underscores are a dot."""
+    return {
+        key.replace("__", "."): Entry(None, 0, torch.float32, shape)  # type: ignore[arg-type]
+        for key, shape in shapes.items()
+    }
+
+
+def official_keys(config=SD_V1) -> list[str]:
+    keys: list[str] = []
+    for stage in STAGES:
+        with torch.device("meta"):
+            keys += key_map(build_stage(stage, config)).values()
+    return keys
+
+
+FAMILIES = {
+    "a ControlNet": entries(control_model__time_embed__0__weight=(1,), model__x=(1,)),
+    "Stable Diffusion XL": entries(conditioner__embedders__0__weight=(1,)),
+    "Stable Diffusion 3": entries(model__diffusion_model__joint_blocks__0__w=(1,)),
+    "Flux": entries(double_blocks__0__img_attn__qkv__weight=(1,)),
+    "Stable Diffusion 2": entries(cond_stage_model__model__ln_final__weight=(1024,)),
+    "a part of a diffusers folder": entries(down_blocks__0__resnets__0__conv1__weight=(1,)),
+    "a LoRA": entries(lora_unet_down_blocks_0_attentions_0__lora_down__weight=(4, 320)),
+    "a textual inversion": entries(emb_params=(2, 768)),
+    "an inpainting model": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
+    "an instruct-pix2pix model": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
+    "a depth-to-image model": {UNET + "input_blocks.0.0.weight": (320, 5, 3, 3)},
+    "an upscaler": {UNET + "input_blocks.0.0.weight": (320, 7, 3, 3)},
+    "Stable Diffusion 2 ": {UNET + "a.attn2.to_k.weight": (320, 1024)},
+    "Stable Diffusion XL ": {UNET + "a.attn2.to_k.weight": (640, 2048)},
+    "the refiner of Stable Diffusion XL": {UNET + "a.attn2.to_k.weight": (640, 1280)},
+}
+
+
+@pytest.mark.parametrize("name, found", FAMILIES.items())
+def test_other_families_are_named(name: str, found) -> None:
+    found = {k: entries(a=s)["a"] if isinstance(s, tuple) else s for k, s in found.items()}
+    assert (other_family(found) or "").startswith(name)
+
+
+def test_the_parts_of_a_diffusers_autoencoder_are_named() -> None:
+    key = official_name("decoder.up_blocks.0.resnets.0.conv1.weight")
+    assert "diffusers folder" in (other_family(entries(**{key: (1,)})) or "")
+
+
+def test_our_own_models_are_of_no_other_family() -> None:
+    for config in (SD_V1, tiny_config()):
+        for stage in STAGES:
+            with torch.device("meta"):
+                model = build_stage(stage, config)
+            state, names = model.state_dict(), key_map(model)
+            found = {names[k]: entries(a=tuple(v.shape))["a"] for k, v in state.items()}
+            assert other_family(found, config) is None
+            assert is_sd_v1(found) == (config is SD_V1)
+
+
+def test_a_config_of_ones_own_may_have_any_number() -> None:
+    found = {
+        UNET + "input_blocks.0.0.weight": entries(a=(32, 8, 3, 3))["a"],
+        UNET + "a.attn2.to_k.weight": entries(a=(32, 1024))["a"],
+    }
+    assert "instruct-pix2pix" in (other_family(found) or "")
+    wide = dataclasses.replace(SD_V1.unet, in_channels=8, context_dim=1024)
+    assert other_family(found, dataclasses.replace(SD_V1, unet=wide)) is None
+
+
+def test_an_addition_beside_a_model_is_no_other_family() -> None:
+    found = entries(lora_unet_mid__weight=(1,)) | {UNET + "out.2.bias": entries(a=(4,))["a"]}
+    assert other_family(found) is None  # loading names the key
