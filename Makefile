@@ -3,7 +3,8 @@
 
 PYTHON ?= python
 LDM = $(PYTHON) -c "import sys; from ldm.cli.main import main; sys.exit(main())"
-SOURCES = weights/horizon/model.safetensors $(wildcard ldm/viz/player/*)
+SOURCES = weights/horizon/model.safetensors \
+	$(wildcard ldm/viz/player/*.* ldm/viz/player/script/*)
 RUNS = docs/_build/runs
 
 .PHONY: all pictures attention notebooks runs docs

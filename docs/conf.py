@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib.metadata import files
 from itertools import zip_longest
@@ -13,6 +14,8 @@ from math_core import LatexError, LatexToMathML
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
+
+import ldm
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -69,6 +72,16 @@ default_role = "code"  # `x` is code, as in Markdown
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autosummary_generate = True
+# The front door hands on what its rooms define, by name: functions are shown there too, and what
+# else there is leads to its room.
+autosummary_context = {
+    "front_functions": [name for name in ldm.HOME if inspect.isfunction(getattr(ldm, name))],
+    "front_others": [
+        f"{getattr(getattr(ldm, name), '__module__', f'ldm.{home}')}.{name}"
+        for name, home in ldm.HOME.items()
+        if not inspect.isfunction(getattr(ldm, name))
+    ],
+}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
@@ -93,6 +106,30 @@ def plain(line: str) -> str:
     escaped = [BARE.sub(r"\\\g<0>", part) for part in outside]
     whole = "`".join(a for pair in zip_longest(escaped, inside) for a in pair if a is not None)
     return ENDED.sub(r"\\ ", whole)
+
+
+# Attributes that share what is said of them: Sphinx would take the first for the type of the last.
+SHARED = re.compile(r":ivar (\w+(?:, \w+)+):(.*)")
+
+
+def attributes_stand_alone(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """`device, dtype: where, and as what` for each of the two, as napoleon does with arguments."""
+    alone: list[str] = []
+    field: list[str] = []  # the lines of a shared one
+    names: list[str] = []
+    for line in [*lines, ""]:
+        if field and line.startswith(" "):
+            field.append(line)
+            continue
+        alone += [text for one in names for text in (f":ivar {one}:{field[0]}", *field[1:])]
+        field, names = [], []
+        if shared := SHARED.match(line):
+            names, field = shared[1].split(", "), [shared[2]]
+        else:
+            alone.append(line)
+    lines[:] = alone[:-1]
 
 
 def blocks_are_literal(
@@ -166,5 +203,6 @@ html_extra_path = [str(RUNS)] if RUNS.is_dir() else []
 def setup(app: Sphinx) -> None:
     if any(RUNS.glob("*.html")):
         app.tags.add("runs")
+    app.connect("autodoc-process-docstring", attributes_stand_alone, priority=800)
     app.connect("autodoc-process-docstring", blocks_are_literal, priority=900)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -8,8 +8,9 @@ A page's `console` blocks are a session in one folder, from the first block to t
         ...
     ```
 
-`python -m tests.docs.console docs/weights.md` runs them all and puts what they printed into the page.
-The folder is filled by `example_files` in the page's test, here `tests/test_docs_weights.py`.
+`python -m tests.docs.console docs/weights.md` runs them all and puts what they printed into the
+page. The folder is filled by `example_files` in the page's test, here
+`tests/docs/test_docs_weights.py`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def session(folder: Path) -> Iterator[None]:
 
 def main(path: str) -> None:
     page = Path(path).resolve()  # the session is in another folder
-    example_files = importlib.import_module(f"tests.test_docs_{page.stem}").example_files
+    example_files = importlib.import_module(f"tests.docs.test_docs_{page.stem}").example_files
     with tempfile.TemporaryDirectory() as folder:
         example_files(Path(folder))
         with session(Path(folder)):

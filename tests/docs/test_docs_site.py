@@ -1,18 +1,22 @@
-"""The documentation names code and tests: all of it is there. (`make docs` builds the site itself;
-where it has been built, this looks at the pages too.)"""
+"""The documentation names code and tests: all of it is there, and every link leads somewhere.
+(`make docs` builds the site itself; where it has been built, this looks at the pages too.)"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
+import tomllib
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+import ldm
+from tests.places import ROOT
+
 DOCS = ROOT / "docs"
 SITE = DOCS / "_build" / "html"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("stages/*.md")])
@@ -56,12 +60,37 @@ def module_file(name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+@cache
+def handed_on(package: str) -> dict[str, str]:
+    """What the front of a package takes from its files for others, name -> full name: of a room by
+    the imports that its `__all__` lists, of `ldm` itself by `ldm.HOME`."""
+    if package == "ldm":
+        return {name: f"ldm.{home}.{name}" for name, home in ldm.HOME.items()}
+    file = module_file(package)
+    if file is None or file.name != "__init__.py":
+        return {}
+    offered = definitions(file).get("__all__")
+    names = ast.literal_eval(offered.value) if isinstance(offered, ast.Assign) else []
+    return {
+        alias.name: f"{node.module}.{alias.name}"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.level == 0
+        for alias in node.names
+        if alias.asname is None and alias.name in names
+    }
+
+
 def is_defined(name: str) -> bool:
-    """Whether a full dotted name is a module of ours, or something that one defines."""
+    """Whether a full dotted name is a module of ours, or something that one defines, or that the
+    front of a room hands on."""
     parts = name.split(".")
     for cut in range(len(parts), 0, -1):
-        if file := module_file(".".join(parts[:cut])):
-            return cut == len(parts) or ".".join(parts[cut:]) in definitions(file)
+        package, inside = ".".join(parts[:cut]), parts[cut:]
+        if file := module_file(package):
+            if not inside or ".".join(inside) in definitions(file):
+                return True
+            home = handed_on(package).get(inside[0])
+            return home is not None and is_defined(".".join([home, *inside[1:]]))
     return False
 
 
@@ -85,8 +114,13 @@ def identifiers() -> set[str]:
 
 
 def test_names_are_found_and_others_are_not() -> None:
-    assert is_defined("ldm.samplers.Step.x0") and is_defined("ldm.train.clip")
-    assert not is_defined("ldm.samplers.Step.z0") and not is_defined("ldm.train.flip")
+    assert is_defined("ldm.samplers.loop.Step.x0") and is_defined("ldm.train.clip")
+    assert not is_defined("ldm.samplers.loop.Step.z0") and not is_defined("ldm.train.flip")
+    # Handed on by the front of a room, or of the house.
+    assert is_defined("ldm.samplers.Step.x0") and is_defined("ldm.samplers.ddim")
+    assert is_defined("ldm.Step.x0") and is_defined("ldm.load") and is_defined("ldm.viz.strip")
+    assert not is_defined("ldm.samplers.Step.z0") and not is_defined("ldm.samplers.ddim_rule")
+    assert not is_defined("ldm.lod") and not is_defined("ldm.ddim")
     assert {"alpha_bar", "cross_attention", "Step.x0"} <= identifiers()
     assert not {"alphas_cumprod", "Step.z0"} & identifiers()
 
@@ -153,9 +187,10 @@ def test_every_beginning_and_end_of_an_excerpt_is_its_only_one() -> None:
 
 
 def test_paths_in_the_text_are_there() -> None:
-    for page in OWN:
-        for path in re.findall(r"`((?:ldm|tests|docs|weights)/[\w/.-]+)`", page.read_text()):
-            assert (ROOT / path).exists(), (page.name, path)
+    for page in [*OWN, ROOT / "README.md", ROOT / "weights" / "horizon" / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:ldm|tests|docs|weights)/[\w/.-]+)`", text):
+            assert (ROOT / path).exists(), (page, path)
 
 
 # --- References and the glossary ---------------------------------------------------------------
@@ -231,6 +266,109 @@ def test_every_name_of_diffusers_in_the_glossary_exists() -> None:
     assert [name for name in names if name not in words] == []
 
 
+# --- The rooms -------------------------------------------------------------------------------
+
+
+@cache
+def floors() -> list[set[str]]:
+    """The floors of the house, from the top, by the first contract in pyproject.toml."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = settings["tool"]["importlinter"]["contracts"][0]
+    assert contract["type"] == "layers" and contract["exhaustive"]  # so that no file is left out
+    return [set(layer.split(" | ")) for layer in contract["layers"]]
+
+
+def test_the_page_of_the_architecture_names_the_rooms_of_the_contracts() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    named: dict[int, set[str]] = {}
+    for number, cell in re.findall(r"^\| (\d+) \| (.*?) \|", text, flags=re.MULTILINE):
+        paths = re.findall(r"`([\w/.]+)`", cell)
+        assert paths and all((ROOT / "ldm" / path).exists() for path in paths), cell
+        rooms = {path.rstrip("/").removesuffix(".py").replace("/", ".") for path in paths}
+        assert not named.get(int(number), set()) & rooms, cell
+        named.setdefault(int(number), set()).update(rooms)
+    assert list(named) == list(reversed(range(len(named))))  # 0 is the lowest
+    assert list(named.values()) == floors()
+
+
+def test_the_picture_of_the_architecture_shows_the_rooms_of_the_contracts() -> None:
+    """A box stands on its floor by its height; `on a, b, on c` in its small text are two floors
+    more, one below the other."""
+    picture = (DOCS / "_static" / "rooms.svg.html").read_text(encoding="utf-8")
+    box = r'<a href="(.*?)"><rect x="\d+" y="(\d+)".*?/><text[^>]*>(.*?)</text>'
+    drawn: dict[int, list[list[set[str]]]] = {}
+    for link, y, title, small in re.findall(rf"{box}<text[^>]*>(.*?)</text></a>", picture):
+        assert is_defined(link.removeprefix("_api/").removesuffix(".html")), link
+        below = small.removeprefix("on ").split(", on ") if small.startswith("on ") else []
+        drawn.setdefault(int(y), []).append([set(names.split(", ")) for names in [title, *below]])
+    shown: list[set[str]] = []
+    for _, boxes in sorted(drawn.items()):
+        depth = max(map(len, boxes))
+        shown += [set().union(*(one[i] for one in boxes if i < len(one))) for i in range(depth)]
+    assert shown == floors()
+
+
+def test_the_picture_of_the_architecture_is_told_as_well() -> None:
+    """In words, for who does not see it: every room, from the top."""
+    picture = (DOCS / "_static" / "rooms.svg.html").read_text(encoding="utf-8")
+    (told,) = re.findall(r"<title[^>]*>(.*?)</title>", picture)
+    words = re.findall(r"[\w.]*\w", told.partition("From the top: ")[2])
+    order = [number for word in words for number, floor in enumerate(floors()) if word in floor]
+    assert order == sorted(order)
+    assert set().union(*floors()) <= set(words)
+
+
+def test_every_step_from_a_path_to_a_model_has_the_types_that_the_page_says() -> None:
+    """The table of functions: what each takes and returns is what its signature says."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \{py:\w+\}`~?([\w.]+)` \| (.*?) \| (.*?) \|", text, flags=re.MULTILINE)
+    assert len(rows) >= 5
+    for name, takes, returns in rows:
+        module, _, function = name.rpartition(".")
+        file = module_file(module)
+        if file is None:  # a method
+            module, _, owner = module.rpartition(".")
+            file, function = module_file(module), f"{owner}.{function}"
+        assert file is not None, name
+        node = definitions(file)[function]
+        assert isinstance(node, ast.FunctionDef) and node.returns is not None
+        given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+        assert set(re.findall(r"`(\w+)`", takes)) <= given, (name, takes)
+        (type_,) = re.findall(r"`([^`]+)`", returns)
+        assert type_ == ast.unparse(node.returns), (name, returns)
+
+
+# --- Links -----------------------------------------------------------------------------------
+
+NOT_SITE = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "weights" / "horizon" / "README.md"]
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page may be called in a link, as GitHub and MyST make it."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", outside, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*NOT_SITE, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|href)="(.*?)"', prose)
+    if page.name == "README.md" and page.parent == ROOT:
+        assert len(links) > 40
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = (page.parent / path) if path else page
+        if page.parent == DOCS and path.startswith("notebooks/"):
+            target = ROOT / path  # where the site's copies come from
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target.read_text(encoding="utf-8")), link
+
+
 # --- The pages speak of the project alone ------------------------------------------------------
 
 
@@ -274,3 +412,34 @@ def test_the_built_site_loads_nothing_from_a_network() -> None:
     assert mathml > 100
     for sheet in SITE.glob("_static/**/*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+def built(path: str) -> str:
+    """A page of the site, where that has been built."""
+    page = SITE / path
+    if not page.is_file():
+        pytest.skip(f"the site is not built: run `make docs` ({SITE.relative_to(ROOT)})")
+    return page.read_text(encoding="utf-8")
+
+
+def test_every_reference_on_a_built_page_is_a_link() -> None:
+    """A name without a page of its own would be shown as plain code."""
+    found = 0
+    for page in PAGES:
+        text = built(page.relative_to(DOCS).with_suffix(".html").as_posix())
+        for link in re.findall(r'(<a [^>]*>)?<code class="xref py[^>]*>(.*?)</code>', text):
+            assert link[0], (page.name, link)
+            found += 1
+    assert found > 60
+
+
+def test_the_built_page_of_the_front_door_shows_its_functions_with_their_arguments() -> None:
+    text = built("_api/ldm.html")
+    for name in ldm.__all__:
+        value = getattr(ldm, name)
+        if inspect.isfunction(value):
+            shown = text.partition(f'id="ldm.{name}"')[2].partition("</dt>")[0]
+            told = set(re.findall(r'<span class="n"><span class="pre">(\w+)</span></span>', shown))
+            assert set(inspect.signature(value).parameters) <= told, name
+        else:
+            assert f".{name}" in text, name

@@ -20,12 +20,12 @@ import torch
 
 import ldm
 from ldm import errors
-from ldm.checkpoints.checkpoint import build_stage
-from ldm.config import SD_V1
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.download import known_files
 from ldm.checkpoints.keys import PREFIXES, key_map
-from ldm.checkpoints.recognise import ema_name
+from ldm.checkpoints.spellings import ema_name
+from ldm.checkpoints.stages import build_stage
+from ldm.config import SD_V1
 from tests.checkpoints import malicious as by_hand
 from tests.docs.console import commands, rewrite, run, session, without_bars
 from tests.helpers import (
@@ -37,8 +37,9 @@ from tests.helpers import (
     with_ema,
     write_weights,
 )
+from tests.places import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
+PAGE = ROOT / "docs" / "weights.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 UNET, VAE, _ = PREFIXES.values()
 Shapes = dict[str, tuple[int, ...]]
