@@ -15,8 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
     from ldm.checkpoints.inspection import Inspection, inspect
+    from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
     from ldm.checkpoints.shipped import shipped_weights
     from ldm.config import HORIZON, SD_V1, ModelConfig
     from ldm.errors import CheckpointError
@@ -61,6 +61,7 @@ HOME = {
 SHELF = (
     *("attention", "config", "layers", "pipeline", "presets", "recipe", "samplers", "schedule"),
     *("settings", "text", "tokenizer", "unet", "vae"),
+    *("device", "errors", "files", "version"),
     *("checkpoints", "evaluate", "observe", "speed", "train", "viz", "worlds"),
 )
 

@@ -19,7 +19,7 @@ from ldm.layers import zero_
 class AttentionWeights(nn.Module):
     """softmax(q k^T / sqrt(d)), as a value with a name: how much each query looks at each key.
 
-    It has no parameters, and is asked only while a forward hook watches it (see `observe.py`).
+    It has no parameters, and is asked only while a forward hook watches it (`ldm.observe.hooks`).
     """
 
     @property

@@ -1,4 +1,4 @@
-"""What makes one model differ from another: numbers, in frozen dataclasses, and two presets.
+"""What makes one model differ from another: numbers, in frozen dataclasses; and two models.
 
 Nothing here behaves. A config says how wide and how deep each stage is; the stages read it.
 `SD_V1` is Stable Diffusion v1 (Rombach et al. 2022, arXiv:2112.10752); `HORIZON` is the tiny

@@ -1,4 +1,4 @@
-"""The building blocks that the UNet and the autoencoder share.
+"""The building blocks: how the UNet knows the time, and what it shares with the autoencoder.
 
 The same ResBlock, Downsample and Upsample appear in both; what differs between the two (the
 normalisation's epsilon, the time embedding, the padding) is an argument.

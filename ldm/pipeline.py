@@ -9,6 +9,7 @@ arguments one value, `Settings`, of which `pipe.run` makes the steps. `load` mak
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,8 +26,8 @@ from ldm.checkpoints.shipped import shipped_weights
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
 from ldm.presets import PRESETS
-from ldm.samplers import SAMPLERS, Steps, draw_noise, guide
-from ldm.schedule import NoiseSchedule, pairs
+from ldm.samplers import SAMPLERS, Steps, draw_noise, guide, sample
+from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
 from ldm.speed.cpu import optimize, rest
 from ldm.text import CLIPTextEncoder
@@ -251,8 +252,8 @@ class TextToImage:
         count, dtype = settings.num_images, self.dtype if preset.half_latents else torch.float32
         generators = preset.generators(settings.seed, count)
         shape = latent_shape(self.config, settings.height, settings.width)
-        noise = torch.empty(count, *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
-        x = draw_noise(generators, noise)
+        latents = torch.empty(count, *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
+        x = draw_noise(generators, like=latents)
         context = self.context(settings.prompts)  # (B, L, D)
         uncond_context = self.context([settings.negative_prompt]).expand_as(context)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
@@ -265,10 +266,10 @@ class TextToImage:
             settings.guidance_scale,
             images_per_call=images_per_call,
         )
-        timesteps = preset.timesteps(settings.steps, self.config.schedule.num_train_timesteps)
-        grid = pairs(timesteps, end=sampler.end)
         options = {name: getattr(settings, name) for name in sampler.options}
-        return sampler.steps(eps_fn, x, grid, self.schedule, generators=generators, **options)
+        rule = functools.partial(sampler.rule, **options)
+        grid = settings.grid(self.config)
+        return sample(rule, eps_fn, x, grid, self.schedule, generators=generators)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:

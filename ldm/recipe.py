@@ -66,7 +66,7 @@ class Recipe:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions that decide a picture's last bits, read without importing anything."""
+    """The versions that decide a picture's last bits, read without importing transformers."""
     return {
         "ldm": ldm_version(),
         "torch": torch.__version__,  # says which build it is, CPU or CUDA

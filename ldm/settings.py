@@ -1,10 +1,12 @@
-"""What a run is asked for: one frozen value of numbers and names, checked once, for everybody.
+"""What a run is asked for: one frozen value of numbers and names, filled in and checked here.
 
     settings = Settings.of(pipe.config, "a red house", seed=3)
     for step in pipe.run(settings): ...
 
 The pipeline draws by it; recipes, traces, pages and sweeps carry it. A new setting is a field here,
-a keyword of `Settings.of` with its check, and of `TextToImage.__call__` and `denoise`.
+with a default (so that older recipes can be read), a keyword of `Settings.of` and its check; the
+same keyword of `TextToImage.__call__` and `denoise`; an option in `ldm.cli.options`; and, where
+people are to see it, words in `ldm.viz.player.captions`.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from ldm.config import ModelConfig
-from ldm.presets import MAX_SEED, check_preset
+from ldm.presets import MAX_SEED, PRESETS, check_preset
 from ldm.samplers import SAMPLERS
+from ldm.schedule import pairs
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Settings:
             raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
-        if self.sampler not in list(SAMPLERS):
+        if self.sampler not in list(SAMPLERS):  # a list: what has no hash is refused as well
             raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
@@ -126,10 +129,21 @@ class Settings:
         return len(self.prompts)
 
     @property
+    def adds_noise(self) -> bool:
+        """Whether steps add fresh noise, so that more than the starting noise decides."""
+        return self.eta > 0.0 or SAMPLERS[self.sampler].always_draws
+
+    @property
     def prompt(self) -> str:
         """The prompt of a run of one picture."""
         (prompt,) = self.prompts
         return prompt
+
+    def grid(self, config: ModelConfig) -> list[tuple[int, int]]:
+        """The pairs (t, t_prev) that the run walks: one step for each."""
+        total = config.schedule.num_train_timesteps
+        timesteps = PRESETS[self.like].timesteps(self.steps, total)
+        return pairs(timesteps, end=SAMPLERS[self.sampler].end)
 
     def alone(self, index: int) -> Self:
         """The run that draws picture `index` of this one by itself: the same picture, since its
@@ -147,25 +161,23 @@ class Settings:
         Raises:
             ValueError: there are other fields, or one is of another type.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(fields, Mapping) or fields.keys() != set(names):
-            raise ValueError(f"settings have the fields {', '.join(names)}")
-        prompts = fields["prompts"]
-        if not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
-            raise ValueError(f"prompts is {prompts!r:.80}")
-        for field in dataclasses.fields(cls):
-            value, kinds = fields[field.name], KINDS.get(str(field.type))
-            if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise ValueError(f"{field.name} is {value!r:.80}")
-        return cls(**{**fields, "prompts": tuple(prompts)})
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if not isinstance(fields, Mapping) or not needed <= fields.keys() <= kinds.keys():
+            raise ValueError(f"settings have the fields {', '.join(kinds)}")
+        for name, value in fields.items():
+            if not IS_A[kinds[name]](value):
+                raise ValueError(f"{name} is {value!r:.80}")
+        return cls(**{**fields, "prompts": tuple(fields["prompts"])})
 
 
-# What each kind of field may be in JSON, where a whole number can stand for any other.
-KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (float, int),
-    "str | None": (str, type(None)),
+# What each type of a field may be in JSON, where a whole number can stand for any other.
+IS_A: dict[str, Callable[[Any], bool]] = {
+    "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(IS_A["str"], value)),
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (float, int),
 }
 
 

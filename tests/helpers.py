@@ -24,9 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import build_stage, config_to_json, save_checkpoint
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.keys import key_map
+from ldm.checkpoints.saving import save_checkpoint
+from ldm.checkpoints.stages import build_stage
+from ldm.checkpoints.tokenizer_files import write_tokenizer
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.pipeline import TextToImage
 from ldm.schedule import NoiseSchedule
 from ldm.tokenizer import Tokenizer
@@ -214,7 +217,7 @@ def assert_stage_agrees_across_dtypes(
 def tiny_model(folder: Path, seed: int = 0) -> Path:
     """A random whole model in a folder: `model.safetensors` and the tokenizer beside it."""
     config = tiny_config()
-    tiny_tokenizer().save(folder)
+    write_tokenizer(tiny_tokenizer(), folder)
     random_checkpoint(folder / "model.safetensors", config, seed)
     return folder
 

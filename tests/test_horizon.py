@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import ldm
-from ldm.pipeline import TextToImage
-from ldm.worlds.reader import read
-from ldm.worlds.scenes import Scene, training_scene
-from ldm.train.clip import PAIR_FILE, load_pair
+from ldm.checkpoints.config_json import config_to_json
 from ldm.evaluate.prompts import (
     DRAWN,
     NOT_DRAWN,
+    Prompt,
     Score,
     clip_score,
     draw_and_read,
@@ -25,9 +21,17 @@ from ldm.evaluate.prompts import (
     held_out_prompts,
     prompt_scores,
 )
+from ldm.pipeline import TextToImage
+from ldm.settings import Settings
+from ldm.train.clip import PAIR_FILE, load_pair
+from ldm.worlds.distribution import ATTRIBUTES
+from ldm.worlds.reader import read
+from ldm.worlds.scenes import Scene, training_scene
+from tests.binomial import fewest
 from tests.helpers import relative_error
+from tests.places import ROOT
 
-FOLDER = Path(__file__).parents[1] / "weights" / "horizon"
+FOLDER = ROOT / "weights" / "horizon"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,8 @@ def horizon() -> TextToImage:
 
 def test_the_preset_is_the_shipped_models_config(horizon: TextToImage) -> None:
     assert horizon.config == ldm.HORIZON
-    written = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(dataclasses.asdict(ldm.HORIZON)))
+    written = (FOLDER / "config.json").read_text(encoding="utf-8")
+    assert json.loads(written) == json.loads(config_to_json(ldm.HORIZON))
 
 
 def test_the_folder_holds_one_small_half_precision_file_and_its_company() -> None:
@@ -67,66 +71,102 @@ def test_no_caption_of_the_world_is_too_long(horizon: TextToImage) -> None:
 
 def test_the_autoencoder_keeps_what_a_scene_shows(horizon: TextToImage) -> None:
     rng = np.random.default_rng(11)
-    wrong = total = 0
-    for _ in range(40):
+    right = total = 0
+    for _ in range(12):
         scene = Scene.sample(rng)
         (decoded,) = horizon.decode(horizon.encode(scene.render(horizon.config.image_size)))
         seen = read(decoded)
-        wrong += sum(seen[name] != value for name, value in scene.attributes.items())
+        right += sum(seen[name] == value for name, value in scene.attributes.items())
         total += len(seen)
-    # 99.9% and more are read back right; 98% leaves room for an unlucky sample.
-    assert wrong <= 0.02 * total
+    # The model card has every one of 2,400 right. An attribute that is lost costs 12 of these 96.
+    assert right >= fewest(total, 0.99)
 
 
 def test_latents_have_unit_std(horizon: TextToImage) -> None:
     rng = np.random.default_rng(12)
-    images = [training_scene(rng).render(horizon.config.image_size) for _ in range(64)]
+    images = [training_scene(rng).render(horizon.config.image_size) for _ in range(32)]
     assert horizon.encode(images).std().item() == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.fixture(scope="module")
-def scores(horizon: TextToImage) -> dict[str, Score]:
-    """A few dozen prompts, drawn in 20 steps and read back; no other part of this project, and no
-    training, has drawn them."""
-    prompts = [*fresh_prompts(5, seed=21), *held_out_prompts(5, seed=21)]
-    run = draw_and_read(
-        horizon, prompts, steps=20, guidance_scale=7.5, sampler="ddim", seed=100, batch_size=16
-    )
-    judged = list(run)
+# What a picture may be asked to show, and a share of right ones that the model card is sure of.
+CLAIMS = ("sky", "ground", DRAWN, NOT_DRAWN, "house colour", "house position", "house size")
+CLAIMS += ("sun or moon", "tree", "horizon", "held out: house colour", "held out: house position")
+SHARE = 0.98
+
+Scores = dict[str, Score]
+
+
+def drawn_and_judged(horizon: TextToImage, prompts: list[Prompt], steps: int) -> Scores:
+    """Scores of pictures that no other part of this project, and no training, has drawn."""
+    texts = [prompt.text for prompt in prompts]
+    settings = Settings.of(horizon.config, texts, steps=steps, guidance_scale=7.5, seed=100)
+    judged = list(draw_and_read(horizon, prompts, settings, batch_size=16))
     seen = prompt_scores(pair for pair in judged if not pair[0].held_out)
     unseen = prompt_scores(pair for pair in judged if pair[0].held_out)
     return seen | {f"held out: {what}": score for what, score in unseen.items()}
 
 
+@pytest.fixture(scope="module")
+def few(horizon: TextToImage) -> Scores:
+    """Two dozen prompts, of which each states all that can be said, drawn in 8 steps."""
+    rng = np.random.default_rng(21)
+    houses = ("red", "blue", "white", "yellow")
+    scenes = [training_scene(rng, house=houses[i % 4]) for i in range(12)]
+    scenes += [training_scene(rng, house="none") for _ in range(4)]
+    prompts = [Prompt(*scene.describe(rng, ATTRIBUTES)) for scene in scenes]
+    return drawn_and_judged(horizon, [*prompts, *held_out_prompts(3, seed=21)], steps=8)
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_pictures_show_what_their_prompts_say(few: Scores, what: str) -> None:
+    """A model of the card's shares falls below these bounds once in a thousand, so few pictures
+    are enough to see that something is not heard. Who draws well but hears nothing is right in a
+    third of the pictures (in half of the sizes): that can reach one bound, but not all of them."""
+    right, total = sum(few[what].right.values()), sum(few[what].total.values())
+    assert total >= (4 if what == NOT_DRAWN else 9)
+    assert right >= fewest(total, SHARE), few[what]
+
+
+def test_pictures_show_nearly_all_that_their_prompts_say(few: Scores) -> None:
+    right = sum(sum(score.right.values()) for score in few.values())
+    total = sum(sum(score.total.values()) for score in few.values())
+    assert total >= 150 and right >= fewest(total, SHARE), few
+
+
+@pytest.fixture(scope="module")
+def many(horizon: TextToImage) -> Scores:
+    """Captions as they come, until each value was asked for, drawn in 20 steps."""
+    prompts = [*fresh_prompts(5, seed=21), *held_out_prompts(5, seed=21)]
+    return drawn_and_judged(horizon, prompts, steps=20)
+
+
 # Of the thousand and more prompts that the model card reports, each share is well above these: they
 # leave room for an unlucky few dozen. A model that ignored its prompt would fail every one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "least"),
-    [
-        *((what, 0.9) for what in ("sky", "ground", DRAWN, NOT_DRAWN)),
-        *((what, 0.8) for what in ("house colour", "house position", "house size")),
-        *((what, 0.75) for what in ("sun or moon", "tree", "horizon")),
-        *((what, 0.6) for what in ("held out: house colour", "held out: house position")),
-    ],
+    list(zip(CLAIMS, 4 * [0.9] + 3 * [0.8] + 3 * [0.75] + 2 * [0.6], strict=True)),
 )
-def test_pictures_show_what_their_prompts_say(
-    scores: dict[str, Score], what: str, least: float
+def test_pictures_of_captions_as_they_come_show_what_they_say(
+    many: Scores, what: str, least: float
 ) -> None:
-    right, total = sum(scores[what].right.values()), sum(scores[what].total.values())
+    right, total = sum(many[what].right.values()), sum(many[what].total.values())
     assert total >= 10
-    assert right / total >= least, scores[what]
+    assert right / total >= least, many[what]
 
 
-def test_the_clip_pair_finds_a_pictures_own_caption(horizon: TextToImage) -> None:
+@pytest.mark.parametrize("count", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_clip_pair_finds_a_pictures_own_caption(horizon: TextToImage, count: int) -> None:
     pair = load_pair(FOLDER / PAIR_FILE, horizon.text)
-    score = clip_score(pair, 100, seed=21)
-    assert score.right["caption"] >= 90  # of 100, and of 64 captions each: by chance one or two
+    score = clip_score(pair, count, seed=21)
+    # Of 64 captions each: by chance it would be one or two.
+    assert score.right["caption"] >= 0.9 * count
 
 
 def test_image_i_of_a_batch_is_the_image_made_alone(horizon: TextToImage) -> None:
-    settings = {"steps": 20, "seed": 3}
+    settings = {"steps": 8, "seed": 3}
     *_, together = horizon.denoise("a red house on green grass", num_images=3, **settings)
-    for i in range(3):
+    for i in (0, 2):
         settings["seed"] = 3 + i
         *_, alone = horizon.denoise("a red house on green grass", **settings)
         assert relative_error(together.x_prev[i : i + 1], alone.x_prev) <= 1e-5

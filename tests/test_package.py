@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import ldm
 from ldm.config import HORIZON
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -45,7 +46,7 @@ def test_importing_ldm_costs_at_most_a_tenth_of_importing_torch() -> None:
         "print((now() - b) / (b - a))"
     )
     # The best of a few: another process on the machine can only make one slower.
-    assert min(float(python(program, ROOT)) for _ in range(4)) <= 0.10
+    assert any(float(python(program, ROOT)) <= 0.10 for _ in range(4))
 
 
 def test_importing_ldm_leaves_the_global_generator_and_grad_mode_alone() -> None:
@@ -91,8 +92,8 @@ def test_the_wheel_holds_the_shipped_weights_and_the_type_marker(wheel: Path) ->
     shipped = ROOT / "weights" / "horizon"
     assert {f"ldm/weights/horizon/{path.name}" for path in shipped.iterdir()} <= names
     assert weights == (shipped / "model.safetensors").read_bytes()
-    player = {f"ldm/viz/player/player.{kind}" for kind in ("html", "css", "js")}
-    assert {"ldm/py.typed", "ldm/known_files.json", *player} <= names
+    player = {f"ldm/viz/player/{name}" for name in ("page.html", "page.css", "script/start.js")}
+    assert {"ldm/py.typed", "ldm/checkpoints/known_files.json", *player} <= names
     assert not any(name.startswith(("tests/", "weights/")) for name in names)
 
 
@@ -112,24 +113,17 @@ def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path
     shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "weights" / "horizon", tmp_path / "weights" / "horizon")
+    shipped, own = (root / "weights/horizon/model.safetensors" for root in (ROOT, tmp_path))
+    before = shipped.read_bytes()
+    pipe = ldm.load(own, device="cpu")
+    torch.nn.init.ones_(pipe.unet.conv_in.weight)
+    pipe.save(own)
     program = (
-        "import ldm; p = ldm.load(device='cpu', dtype=None); "
-        "import hashlib; print(p.config.name, "
-        "hashlib.sha256(p.unet.conv_in.weight.detach().numpy().tobytes()).hexdigest())"
+        "import ldm; p = ldm.load(device='cpu'); print(ldm.shipped_weights()); "
+        "print(p.config.name, (p.unet.conv_in.weight == 1).all().item())"
     )
-    before = python(program, tmp_path)
-    shipped = hashlib.sha256((ROOT / "weights/horizon/model.safetensors").read_bytes()).hexdigest()
-    change = (
-        "import ldm, torch; p = ldm.load(device='cpu'); "
-        "torch.nn.init.ones_(p.unet.conv_in.weight); p.save(ldm.shipped_weights())"
-    )
-    python(change, tmp_path)
-    after = python(program, tmp_path)
-    assert before != after
-    ours = (ROOT / "weights/horizon/model.safetensors").read_bytes()
-    assert hashlib.sha256(ours).hexdigest() == shipped  # the test changed its own copy alone
-    ones = hashlib.sha256(b"\x00\x00\x80\x3f" * (64 * 4 * 9)).hexdigest()
-    assert after == f"horizon {ones}"
+    assert python(program, tmp_path).splitlines() == [str(own), "horizon True"]
+    assert shipped.read_bytes() == before  # the test changed its own copy alone
 
 
 def test_the_readmes_two_commands_are_the_ones_that_are_run() -> None:

@@ -280,7 +280,7 @@ def noise_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-@pytest.mark.parametrize("steps", [1, 7, 10, 60])
+@pytest.mark.parametrize("steps", [1, 7, 10, 12])
 @pytest.mark.parametrize(
     ("prompt", "num_images"), [(PROMPT, 1), (PROMPT, 3), (PROMPTS, 1)], ids=["1", "3", "prompts"]
 )
@@ -302,7 +302,7 @@ def test_compvis_noise_timesteps_and_latents(
         (_, noise), *reference = script_run(
             pipe, prompts, noise_device, steps=steps, scale=7.5, eta=eta
         )
-    assert len(ours) == {7: 8, 60: 63}.get(steps, steps)
+    assert len(ours) == {7: 8, 12: 13}.get(steps, steps)
     assert [step.t for step in ours] == [t for t, _ in reference]
     assert torch.equal(ours[0].x, noise)
     for step, (_, x) in zip(ours, reference, strict=True):

@@ -7,6 +7,7 @@ that a sampler does with it: no model is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.samplers import SAMPLERS, Known, Prediction, Step, Steps, ddim, ddpm, guide, sample
-from ldm.schedule import NoiseSchedule, noised
+from ldm.schedule import NoiseSchedule, noised, pairs
 from tests.helpers import randn, rng
 
 SCHEDULE = NoiseSchedule()
@@ -259,11 +260,19 @@ def test_a_rule_that_draws_needs_generators() -> None:
         next(steps)
 
 
-def test_samplers_by_name_are_the_public_functions_and_where_their_grids_end() -> None:
-    assert {name: (s.steps, s.end, s.options) for name, s in SAMPLERS.items()} == {
-        "ddim": (ddim, 0, ("eta",)),
-        "ddpm": (ddpm, -1, ()),
-    }
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_by_its_name_is_the_public_function(name: str) -> None:
+    sampler = SAMPLERS[name]
+    options = dict.fromkeys(sampler.options, 0.6)
+    rule = functools.partial(sampler.rule, **options)
+    grid = pairs(SCHEDULE.timesteps(5), end=sampler.end)
+    x, function = start(), {"ddim": ddim, "ddpm": ddpm}[name]
+    by_name = sample(rule, gaussian_eps, x, grid, SCHEDULE, generators=[rng(1), rng(2)])
+    called = function(gaussian_eps, x, grid, SCHEDULE, generators=[rng(1), rng(2)], **options)
+    for a, b in zip(by_name, called, strict=True):
+        assert torch.equal(a.x_prev, b.x_prev)
+    own = SCHEDULE.ddim_timesteps(5) if name == "ddim" else SCHEDULE.ddpm_timesteps(5)
+    assert grid == own
 
 
 # --- Randomness ------------------------------------------------------------------------------

@@ -93,6 +93,28 @@ def test_what_is_not_settings_is_not_read(change: dict[str, object]) -> None:
             Settings.from_dict(wrong)
 
 
+def test_a_field_with_a_default_may_be_missing_and_no_other() -> None:
+    """So what was written before there was such a setting can still be read."""
+    fields = Settings.of(CONFIG, "a house").as_dict()
+    without = {name: value for name, value in fields.items() if name != "like"}
+    assert Settings.from_dict(without) == Settings.of(CONFIG, "a house")
+    del without["eta"]
+    with pytest.raises(ValueError, match="settings have the fields"):
+        Settings.from_dict(without)
+
+
+def test_the_grid_is_the_presets_timesteps_with_the_samplers_end() -> None:
+    assert Settings.of(CONFIG, "a", steps=3).grid(CONFIG) == [(667, 334), (334, 1), (1, 0)]
+    assert Settings.of(CONFIG, "a", steps=2, sampler="ddpm").grid(CONFIG) == [(501, 1), (1, -1)]
+    compvis = dataclasses.replace(Settings.of(CONFIG, "a", steps=7), like="compvis")
+    assert len(compvis.grid(CONFIG)) == 8
+
+
+def test_fresh_noise_is_ddpms_and_that_of_an_eta() -> None:
+    noisy = [Settings.of(CONFIG, "a", sampler="ddpm"), Settings.of(CONFIG, "a", eta=0.1)]
+    assert [one.adds_noise for one in (*noisy, Settings.of(CONFIG, "a"))] == [True, True, False]
+
+
 def test_settings_of_a_file_are_checked_like_all_others() -> None:
     fields = Settings.of(CONFIG, "a house").as_dict()
     for change, match in (

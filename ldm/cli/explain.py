@@ -46,14 +46,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         args.prompt,
         compare={name: value for name, value in other.items() if value is not None} or None,
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance_scale=args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        eta=args.eta,
-        seed=options.asked_seed(args),
-        height=args.height,
-        width=args.width,
+        **options.asked_settings(args),
     )
     (path,) = options.output_paths(args.output, args.prompt, ".html")
     plans, tokenizer = options.plan_asked(sources, args.ema)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ldm.recipe import Recipe
 
 IN_THE_RECIPE = (
-    *("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "seed"),
-    *("num_images", "height", "width", "device", "dtype", "ema", "reproduce"),
+    *options.RUN,
+    *("seed", "num_images", "reproduce", "device", "dtype", "ema"),
 )
 
 
@@ -107,16 +107,9 @@ def recipes_asked(args: argparse.Namespace, config: ModelConfig) -> list[Recipe]
     settings = Settings.of(
         config,
         args.prompts,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        negative_prompt=args.negative_prompt,
-        sampler=args.sampler,
-        eta=args.eta,
-        seed=options.asked_seed(args),
         num_images=args.num_images,
-        height=args.height,
-        width=args.width,
         like=args.reproduce,
+        **options.asked_settings(args),
     )
     device = options.asked_device(args)
     unsigned = Recipe(
@@ -184,12 +177,9 @@ def draw(
     picture has its own path it is written at once."""
     from tqdm import tqdm
 
-    from ldm.presets import PRESETS
     from ldm.recipe import save_png
 
-    total = pipe.config.schedule.num_train_timesteps
-    runs = [recipe.settings for recipe in recipes]
-    work = sum(len(PRESETS[one.like].timesteps(one.steps, total)) for one in runs)
+    work = sum(len(recipe.settings.grid(pipe.config)) for recipe in recipes)
     with tqdm(total=work, unit="step", file=sys.stderr) as bar:
         for recipe in recipes:
             for step in pipe.run(recipe.settings):

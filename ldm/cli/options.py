@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ldm.files import check_writable
 
@@ -31,6 +31,8 @@ LIKE = ("compvis", "diffusers")  # ldm.presets.PRESETS, but for our own
 DTYPES = ("float32", "float16", "bfloat16")  # of torch
 EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
 MODELS_OWN = "default: the model's own"
+RUN = ("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "height", "width")
+"""The settings of a run that options ask for by their own names, but for the seed."""
 
 
 # --- Options ---------------------------------------------------------------------------------
@@ -108,10 +110,11 @@ def named_dtype(name: str) -> torch.dtype:
     return {dtype: getattr(torch, dtype) for dtype in DTYPES}[name]
 
 
-def asked_seed(args: argparse.Namespace) -> int:
-    """The seed of `--seed`, or a fresh one."""
-    seed: int = secrets.randbelow(2**32) if args.seed is None else args.seed
-    return seed
+def asked_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a run, as keywords of `Settings.of`: those in `RUN`, and the seed of
+    `--seed`, or a fresh one."""
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    return {name: getattr(args, name) for name in RUN} | {"seed": seed}
 
 
 def asked_config(args: argparse.Namespace) -> ModelConfig | None:

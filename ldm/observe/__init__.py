@@ -1,10 +1,10 @@
 """Looking inside: what passes through a model while it runs, and a whole run kept.
 
-    hooks.py     `record` and `edit`: any intermediate by its name. It knows torch alone, so the
-                 pipeline may use it
+    hooks.py     `record` and `edit`: any intermediate by its name. It knows torch alone, and
+                 stands below the pipeline
     maps.py      attention maps as tensors: which tokens make a word, DAAM, prompt-to-prompt
     traces.py    `trace`: one run of the pipeline with all that its steps knew, and its file
 
 `ldm.record`, `ldm.edit`, `ldm.trace` and `ldm.Trace` are their front door. Nothing is imported
-here: hooks.py stands below the pipeline, traces.py above it.
+here, since traces.py stands above the pipeline.
 """

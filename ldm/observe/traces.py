@@ -310,7 +310,7 @@ _card: Callable[[Trace], str] | None = None
 
 def show_as(card: Callable[[Trace], str]) -> None:
     """Let Jupyter show every trace by the HTML that `card` makes of it. The last one that is
-    registered counts; `ldm.viz` registers `ldm.viz.card.trace_html`."""
+    registered counts; `ldm.trace` and `ldm.viz` register `ldm.viz.card.trace_html`."""
     global _card
     _card = card
 

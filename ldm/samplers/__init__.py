@@ -4,12 +4,14 @@
         show(step.x0)
 
     loop.py       the one loop: asks for the noise, applies a rule, yields everything it knows
-    rules.py      the rules, one per sampler: the equation of its paper. A new sampler goes there
+    rules.py      the rules, one per sampler: the equation of its paper. A new sampler goes there,
+                  its name here, and into the options of the command (`ldm.cli.options`)
     guidance.py   classifier-free guidance: two predictions made into one
     noise.py      where random numbers come from
 
-Samplers know no model, so they run as well on a closed form as on a UNet. Each is a generator:
-`generator.send(new_x)` goes on from `new_x` instead of `step.x_prev` and returns the next Step.
+Samplers know no model, so they run as well on a closed form as on a UNet. Each is a function that
+returns a generator: `generator.send(new_x)` goes on from `new_x` instead of `step.x_prev`, and
+returns the next Step.
 """
 
 from ldm.samplers.guidance import guide

@@ -64,7 +64,8 @@ class Known:
     Attributes:
         x, eps, x0: as in `Step`, (B, C, H, W).
         t, t_prev: as in `Step`; alpha_bar, alpha_bar_prev: how much of the picture is left there.
-        ask: ask(x, t) -> eps, (B, C, H, W): the model once more, at another point of this step.
+        ask: ask(x, t) -> eps, (B, C, H, W): the model once more, at another point of this step, for
+            methods of a higher order.
         draw: draw() -> standard normal noise, (B, C, H, W); new numbers at every call.
         memory: what earlier steps of the run kept under names of their own, for methods that look
             back. It is empty at the first step, and stays when a caller sends an `x` of their own.
@@ -104,6 +105,9 @@ def sample(
         timesteps: pairs (t, t_prev), e.g. `schedule.ddim_timesteps(50)`.
         schedule: gives alpha_bar.
         generators: for rules that draw noise, see `draw_noise`.
+
+    Raises:
+        ValueError: at the first step whose rule draws noise without generators.
     """
 
     # Around the generator, not in it: at a yield inside of `with no_grad()` the caller's gradients
@@ -112,7 +116,7 @@ def sample(
     def steps(x: Tensor) -> Steps:
         memory: dict[str, Any] = {}
         for index, (t, t_prev) in enumerate(timesteps):
-            eps, eps_cond, eps_uncond = predict(eps_fn, x, t)
+            eps, eps_cond, eps_uncond = unpack(eps_fn(x, each(t, x)))
             alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
             known = Known(
                 x=x,
@@ -122,7 +126,7 @@ def sample(
                 t_prev=t_prev,
                 alpha_bar=alpha_bar,
                 alpha_bar_prev=alpha_bar_prev,
-                ask=lambda x, t: predict(eps_fn, x, t)[0],
+                ask=lambda x, t: unpack(eps_fn(x, each(t, x)))[0],
                 draw=functools.partial(draw_noise, generators, x),
                 memory=memory,
             )
@@ -133,7 +137,11 @@ def sample(
     return steps(x)
 
 
-def predict(eps_fn: EpsFn, x: Tensor, t: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(eps, eps_cond, eps_uncond) at one timestep; the last two are None without guidance."""
-    prediction = eps_fn(x, torch.full((len(x),), t, device=x.device))
+def each(t: int, x: Tensor) -> Tensor:
+    """A timestep for each image of x: (B,) int64, on its device."""
+    return torch.full((len(x),), t, device=x.device)
+
+
+def unpack(prediction: Tensor | Prediction) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(eps, eps_cond, eps_uncond); the last two are None where there was no guidance."""
     return prediction if isinstance(prediction, Prediction) else (prediction, None, None)

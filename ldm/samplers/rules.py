@@ -106,21 +106,23 @@ def ddpm(
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a run that asks for a sampler by its name is made.
+    """What a run that asks for a sampler by its name needs to know of it.
 
     Attributes:
-        steps: the function above.
+        rule: takes the step; called with the settings that `options` names.
         end: where its grid ends: at timestep 0, as Stable Diffusion v1's DDIM does, or at -1, the
             clean picture.
         options: the settings of a run that are this sampler's own, by their names.
+        always_draws: whether it adds fresh noise at its steps, whatever the options.
     """
 
-    steps: Callable[..., Steps]
+    rule: Callable[..., Tensor]
     end: int
     options: tuple[str, ...] = ()
+    always_draws: bool = False
 
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "ddim": Sampler(ddim, end=0, options=("eta",)),
-    "ddpm": Sampler(ddpm, end=-1),
+    "ddim": Sampler(ddim_rule, end=0, options=("eta",)),
+    "ddpm": Sampler(ddpm_rule, end=-1, always_draws=True),
 }

@@ -37,6 +37,7 @@ def trace_html(trace: Trace) -> str:
         "eta": settings.eta,
         "seed": settings.seed,
         "negative prompt": settings.negative_prompt,
+        "like": settings.like or "",
         "memory": f"{trace.nbytes / 1e6:.3g} MB",
     }
     stated = [f"{name} <b>{escape(str(value))}</b>" for name, value in facts.items() if value != ""]

@@ -8,7 +8,7 @@
 | `Scenes`        | eight names, 11 numbers | a table's for the names, Gaussians' for the  |
 |                 |                         | numbers given the names                      |
 
-All have the same five members (`World`), so that one training function climbs the ladder, and what
+All have the same members (`World`), so that one training function climbs the ladder, and what
 a model has learnt can be read back and held against the truth:
 
     world = Sea()

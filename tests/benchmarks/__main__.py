@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ldm import shipped_weights
-from ldm.checkpoints.checkpoint import open_weights
+from ldm.checkpoints.opening import open_archive
+from ldm.checkpoints.recognise import recognise
 from ldm.config import SD_V1, ModelConfig
 from tests.benchmarks import commands, images, load, models
 from tests.benchmarks.harness import Benchmark, Setting, measure, peak_gflops, table
@@ -61,7 +62,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="ldm-benchmarks-") as folder:
         setting = prepare(Path(folder), args)
-        peak = peak_gflops(setting) if args.suite in COUNTED else None
+        side = 256 if args.small else 2048
+        peak = peak_gflops(setting, side) if args.suite in COUNTED else None
         results = [
             measure(benchmark, setting, args.pairs, peak)
             for benchmark in tqdm(benchmarks(args, setting.config), unit="row", file=sys.stderr)
@@ -109,7 +111,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> Setting:
     config, weights = small_config() if args.small else SD_V1, args.weights
     if args.suite in OF_HORIZON:
         weights = shipped_weights()
-        config = open_weights(weights).config
+        config = recognise(open_archive(weights)).config
     elif weights is None and args.suite not in OF_PROGRAMS:
         weights = folder / "random.safetensors"
         print("writing random weights", file=sys.stderr)

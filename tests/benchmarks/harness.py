@@ -259,7 +259,7 @@ def peak_memory() -> int:
 # --- How fast this machine multiplies ----------------------------------------------------------
 
 
-def peak_gflops(setting: Setting, size: int = 2048) -> float:
+def peak_gflops(setting: Setting, size: int) -> float:
     """GFLOP/s of a matrix product: the best of several, of PyTorch's own and of oneDNN's. No model
     is made of anything that is faster."""
     rates = []
@@ -275,11 +275,11 @@ def torchs_product(setting: Setting, size: int) -> Callable[[], object]:
 
 
 def onednns_product(setting: Setting, size: int) -> Callable[[], object]:
-    from ldm.speed import cpu as fast
+    from ldm.speed.cpu import has_onednn, linear
 
     a, b = (torch.randn(size, size, dtype=setting.dtype, device=setting.device) for _ in "ab")
-    if fast.has_onednn() and setting.device == "cpu" and setting.dtype == torch.float32:
-        return lambda: fast.linear(a, b)
+    if has_onednn() and setting.device == "cpu" and setting.dtype == torch.float32:
+        return lambda: linear(a, b)
     return lambda: a @ b
 
 

@@ -22,7 +22,7 @@ GUIDANCE = 7.5
 
 
 def our_pipeline(setting: Setting, low_memory: bool) -> Any:
-    from ldm.checkpoints.checkpoint import load_stages
+    from ldm.checkpoints.loading import load_stages
     from ldm.pipeline import TextToImage
     from ldm.schedule import NoiseSchedule
 

@@ -24,7 +24,7 @@ def ours(
 ) -> Callable[[], object]:
     import transformers.models.clip.modeling_clip  # noqa: F401 (a stage would import it)
 
-    from ldm.checkpoints.checkpoint import load_stages
+    from ldm.checkpoints.loading import load_stages
 
     def load() -> object:
         models = load_stages(

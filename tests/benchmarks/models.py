@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.checkpoints.checkpoint import build_stage
+from ldm.checkpoints.stages import build_stage
 from ldm.config import ModelConfig
 from tests.benchmarks.harness import Benchmark, Setting
 from tests.helpers import randn, rng
@@ -19,12 +19,12 @@ from tests.helpers import randn, rng
 
 def our_model(setting: Setting, stage: str) -> Any:
     """As `pipe.optimize()` makes it; unread until it runs, as diffusers' is."""
-    from ldm.speed import cpu as fast
-    from ldm.checkpoints.checkpoint import load_stages
+    from ldm.checkpoints.loading import load_stages
+    from ldm.speed.cpu import optimize
 
     where = dict(device=setting.device, dtype=setting.dtype, config=setting.config)
     (model,) = load_stages(setting.weights, (stage,), check=False, **where)
-    fast.optimize(model)
+    optimize(model)
     return model
 
 
@@ -188,7 +188,7 @@ def training(
 
 
 def our_training(setting: Setting, batch: int) -> Callable[[], object]:
-    from ldm.checkpoints.checkpoint import load_unet
+    from ldm.checkpoints.loading import load_unet
 
     unet = load_unet(setting.weights, device=setting.device, config=setting.config)
     return training(setting, unet, unet, batch)

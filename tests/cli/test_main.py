@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from ldm.cli import options
 from ldm.presets import PRESETS
 from ldm.samplers import SAMPLERS
 from ldm.version import ldm_version
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "numpy", "PIL", "transformers", "tokenizers", "matplotlib", "safetensors", "tqdm"}
 
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import load_stages, load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.loading import load_stages, load_text_encoder, load_unet, load_vae
 from ldm.config import SD_V1
-from ldm.speed.cpu import optimize
 from ldm.pipeline import TextToImage
 from ldm.samplers import ddim, guide
 from ldm.schedule import NoiseSchedule
+from ldm.speed.cpu import optimize
 from tests.helpers import randn, relative_error, rng, text_in_fp64
 from tests.parity import assert_parity
 

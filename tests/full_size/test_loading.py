@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import STAGES, load_stages
-from ldm.config import SD_V1
 from ldm.checkpoints.keys import key_map
+from ldm.checkpoints.loading import load_stages
+from ldm.checkpoints.stages import STAGES
+from ldm.config import SD_V1
 from tests.benchmarks.harness import Setting, run_alone
 from tests.benchmarks.load import ours
 

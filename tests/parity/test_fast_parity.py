@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoints.checkpoint import load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
 from ldm.speed.cpu import has_onednn, optimize
 from tests.helpers import randn, small_config, text_in_fp64
 from tests.parity import assert_parity

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import load_text_encoder
+from ldm.checkpoints.loading import load_text_encoder
 from ldm.text import CLIPTextEncoder
 from tests import oracle_configs
 from tests.helpers import relative_error, rng, small_config, text_in_fp64

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm.checkpoints.checkpoint import load_vae
+from ldm.checkpoints.loading import load_vae
 from ldm.vae import AutoencoderKL, Posterior
 from tests import oracle_configs
 from tests.helpers import randn, relative_error, small_config

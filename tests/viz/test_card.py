@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from ldm.observe.maps import Word
 from ldm.observe.traces import Trace
 from ldm.viz.card import trace_html
 from tests.helpers import randn
+from tests.places import ROOT
 from tests.viz.runs import MADE, STEPS, made_trace, without_guidance
 
 
@@ -141,7 +141,6 @@ run = made_trace()
 assert not any(name.startswith(("ldm.viz", "PIL")) for name in sys.modules), sys.modules.keys()
 assert "<img" in run._repr_html_() and "ldm.viz.card" in sys.modules
 """
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.viz.player.film import Film
+from ldm.viz.runs import guidance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +54,7 @@ def guidance_maps(one: Film) -> dict[str, Any] | None:
     run = one.run
     if run.eps_cond is None or run.eps_uncond is None:
         return None
-    lengths = (run.eps_cond - run.eps_uncond)[list(one.frames)].float().norm(dim=1)  # (F, h, w)
+    lengths = guidance(run)[list(one.frames)].float()  # (F, h, w)
     peaks = lengths.amax(dim=(1, 2))
     levels = (lengths / peaks.clamp(min=1e-30)[:, None, None]).mul(255).round().byte()
     return {

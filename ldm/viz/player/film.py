@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from torch import Tensor
 
 from ldm.observe.traces import Trace, trace_run
 from ldm.settings import Settings
+from ldm.viz.runs import spaced
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ldm.pipeline import TextToImage
 
 MOST_FRAMES = 100
@@ -32,9 +32,9 @@ class Film:
 
     run: Trace
     frames: tuple[int, ...]
-    x: tuple[Image, ...]
-    x0: tuple[Image, ...]
-    picture: Image
+    x: tuple[Image.Image, ...]
+    x0: tuple[Image.Image, ...]
+    picture: Image.Image
 
 
 def film(
@@ -57,8 +57,9 @@ def film(
     finally:
         hook.remove()
     frames = shown_frames(len(run))
+    assert run.picture is not None  # a run that was just traced has its picture
 
-    def decode(latents: Tensor) -> Image:
+    def decode(latents: Tensor) -> Image.Image:
         (image,) = pipe.decode(latents)
         done()
         return image
@@ -68,20 +69,18 @@ def film(
         frames,
         x=tuple(decode(run.x[i : i + 1]) for i in frames),
         x0=tuple(decode(run.x0[i : i + 1]) for i in frames),
-        picture=decode(run.latents),
+        picture=Image.fromarray(run.picture.numpy()),
     )
 
 
 def work_of(steps: int) -> int:
     """How often a film of so many steps says that it has done something."""
-    return steps + 2 * len(shown_frames(steps)) + 1
+    return steps + 2 * len(shown_frames(steps))
 
 
-def shown_frames(steps: int, most: int = MOST_FRAMES) -> tuple[int, ...]:
-    """The steps that a page shows: all of them, or so many evenly spaced, first and last included.
+def shown_frames(steps: int) -> tuple[int, ...]:
+    """The steps that a page shows: all of them, or `MOST_FRAMES`, evenly spaced.
 
     A page of a thousand decoded steps would be slow to make and slow to open.
     """
-    if steps <= most:
-        return tuple(range(steps))
-    return tuple(round(i * (steps - 1) / (most - 1)) for i in range(most))
+    return tuple(spaced(steps, MOST_FRAMES))

@@ -107,11 +107,9 @@ def guidance_words(run: Trace, prompt_change: float | None) -> str:
 def ending_words(run: Trace, step: int) -> str:
     """What is special about the way to the next step, if anything is."""
     is_last = step == len(run) - 1
-    noisy = run.settings.eta > 0 or run.settings.sampler == "ddpm"
-    words = ["Fresh noise is added on the way to the next step."] if noisy and not is_last else []
     if is_last:
-        words.append("This is the last step: it leaves the picture.")
-    return " ".join(words)
+        return "This is the last step: it leaves the picture."
+    return "Fresh noise is added on the way to the next step." if run.settings.adds_noise else ""
 
 
 def percent(share: float) -> str:

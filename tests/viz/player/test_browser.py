@@ -20,9 +20,9 @@ import torch
 from ldm.viz.player.film import Film
 from ldm.viz.player.page import player_html
 from ldm.viz.player.story import percent, sentence, timeline
+from tests.places import ROOT
 from tests.viz.player.films import ALPHA_BAR
 
-ROOT = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -161,6 +161,7 @@ def test_keys_step_jump_and_play(tab: Tab) -> None:
     assert tab.at() == 0
 
 
+@pytest.mark.slow
 def test_play_goes_to_the_end_and_stops_and_says_nothing_on_its_way(tab: Tab) -> None:
     tab.page.locator("#slider").fill("3")
     tab.until("document.querySelector('#spoken').textContent !== ''")
@@ -221,6 +222,7 @@ def test_what_is_said_of_a_word_is_what_the_run_knew(tab: Tab, one: Film) -> Non
     assert f"up to {percent(peak)} of a place\u2019s attention on average" in tab.text("#looking")
 
 
+@pytest.mark.slow
 def test_step_or_average_size_and_scale_can_be_chosen(tab: Tab) -> None:
     tab.word("red").click()
     seen = [tab.pixels("x0")]
@@ -236,6 +238,7 @@ def test_step_or_average_size_and_scale_can_be_chosen(tab: Tab) -> None:
     assert tab.pixels("x0") == seen[3]
 
 
+@pytest.mark.slow
 def test_two_runs_stay_in_step(two: Tab, one: Film, alone: Film) -> None:
     assert "The slider follows run A" in two.text("#alignment")
     for position, (a, b) in enumerate(timeline([one, alone])):
@@ -248,6 +251,7 @@ def test_two_runs_stay_in_step(two: Tab, one: Film, alone: Film) -> None:
     assert two.page.locator(".guidance canvas").count() == 1
 
 
+@pytest.mark.slow
 def test_a_word_shows_in_both_runs_where_both_have_it(two: Tab) -> None:
     bare = [two.pixels("x0", run) for run in (0, 1)]
     two.page.get_by_role("group", name="Words of run B").get_by_role("button", name="house").click()
@@ -260,6 +264,7 @@ def test_a_word_shows_in_both_runs_where_both_have_it(two: Tab) -> None:
     assert "Run B has no such word." in two.text("#looking")
 
 
+@pytest.mark.slow
 def test_the_marker_moves_along_the_schedule_and_can_be_led(tab: Tab, one: Film) -> None:
     plot = tab.page.locator(".plot").first
     box = plot.bounding_box()
@@ -301,6 +306,7 @@ def test_nothing_is_asked_for_and_nothing_complains(
     tab.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_axe_finds_nothing_serious(
@@ -321,6 +327,7 @@ def test_axe_finds_nothing_serious(
         tab.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 400])
 def test_on_a_phone_nothing_is_wider_than_the_screen(
     browser: Any, paths: list[Path], width: int
@@ -337,6 +344,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
         tab.close()
 
 
+@pytest.mark.slow
 def test_who_wants_less_motion_gets_slower_steps(browser: Any, paths: list[Path]) -> None:
     tab = Tab(browser, paths[0], reduced_motion="reduce")
     durations = (
