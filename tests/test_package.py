@@ -33,25 +33,22 @@ def python(program: str, *path: Path) -> str:
     return run.stdout.strip()
 
 
-def test_importing_ldm_pulls_in_nothing_slow() -> None:
-    program = "import sys, torch; a = {*sys.modules}; import ldm; print(*({*sys.modules} - a))"
-    loaded = {name.split(".")[0] for name in python(program, ROOT).split()}
-    assert "ldm" in loaded
-    assert not loaded & {"transformers", "tokenizers", "matplotlib", "PIL", "diffusers", "tqdm"}
+USED = "import ldm; ldm.load, ldm.load_unet, ldm.record, ldm.trace, ldm.inspect"
 
 
-def test_importing_ldm_costs_at_most_a_tenth_of_importing_torch() -> None:
+def test_using_ldm_costs_at_most_a_tenth_of_importing_torch() -> None:
+    """Its names come when they are asked for: so they are asked for."""
     program = (
-        "from time import perf_counter as now; a = now(); import torch; b = now(); import ldm; "
-        "print((now() - b) / (b - a))"
+        "from time import perf_counter as now; a = now(); import torch; b = now(); "
+        f"{USED}; print((now() - b) / (b - a))"
     )
     # The best of a few: another process on the machine can only make one slower.
     assert any(float(python(program, ROOT)) <= 0.10 for _ in range(4))
 
 
-def test_importing_ldm_leaves_the_global_generator_and_grad_mode_alone() -> None:
+def test_using_ldm_leaves_the_global_generator_and_grad_mode_alone() -> None:
     program = (
-        "import torch; before = torch.get_rng_state().sum(), torch.is_grad_enabled(); import ldm; "
+        f"import torch; before = torch.get_rng_state().sum(), torch.is_grad_enabled(); {USED}; "
         "print(before == (torch.get_rng_state().sum(), torch.is_grad_enabled()))"
     )
     assert python(program, ROOT) == "True"

@@ -73,7 +73,7 @@ def fails(setting: Setting) -> Callable[[], object]:
     raise ValueError("not this one")
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("fresh", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_sides_run_in_turn_after_a_warm_up(fresh: bool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     result = measure(
@@ -190,13 +190,10 @@ def test_programs_are_timed_from_their_start(
     suite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for row in rows_of(suite, monkeypatch, capsys).values():
-        ((ours, theirs),) = row["pairs"]
-        # No Python with torch is less.
-        assert theirs["cpu_seconds"] > 0.1 and theirs["memory"] > 50e6
-        if suite == "import":  # ours waits with torch until a name is used
-            assert 0.01 < ours["cpu_seconds"] < theirs["cpu_seconds"]
-        else:
-            assert ours["cpu_seconds"] > 0.1 and ours["memory"] > 50e6
+        for side in row["pairs"][0]:
+            assert (
+                side["cpu_seconds"] > 0.1 and side["memory"] > 50e6
+            )  # no Python with torch is less
 
 
 def test_operations_are_counted() -> None:

@@ -73,6 +73,7 @@ CONVERT = (
 )
 
 
+@pytest.mark.slow
 def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
     def run(seed: str, read: Path, name: str) -> Path:
         folder = tmp_path / seed

@@ -180,6 +180,7 @@ def test_what_is_not_loaded_costs_no_memory(large, tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_half_precision_in_the_file_costs_no_more(large, tmp_path: Path) -> None:
     halves = {key: value.half() for key, value in large[1].items()}
     path = write_weights(tmp_path / "unet.safetensors", halves, config=LARGE)
