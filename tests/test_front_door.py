@@ -36,7 +36,7 @@ def test_import_ldm_loads_nothing_heavy_and_changes_no_environment() -> None:
 
 def test_asking_for_a_model_loads_torch_and_nothing_else_that_is_slow() -> None:
     loaded = fresh("import ldm, sys; ldm.load, ldm.trace, ldm.inspect; print(*sys.modules)").split()
-    slow = {"transformers", "tokenizers", "PIL", "matplotlib", "diffusers", "tqdm"}
+    slow = {"transformers", "tokenizers", "PIL", "matplotlib", "diffusers"}
     assert "torch" in loaded
     assert not {name.split(".")[0] for name in loaded} & slow
 
