@@ -175,6 +175,7 @@ def all_names() -> tuple[tuple[dict[str, str], float], ...]:
 
 
 def is_held_out(names: Mapping[str, str]) -> bool:
+    """Whether these names hold one of the `HELD_OUT` combinations."""
     return any(all(names[k] == v for k, v in case.items()) for case in HELD_OUT)
 
 

@@ -259,4 +259,5 @@ class Machine:
 
 
 def cut_off(what: str, file: MappedFile) -> TruncatedError:
+    """The error for a file that ends too early: what is missing, and how many bytes there are."""
     return TruncatedError(f"is cut off: {what}, found {len(file):,} bytes; fetch it again")
