@@ -1,16 +1,19 @@
 """Official weights and CLIP's vocabulary, fetched from Hugging Face's Hub and checked.
 
 The Hub's own library does the work and shows its progress. Here stand the files that are known by
-their SHA-256 (`known_files.json`), what is checked before and after, and what goes wrong, in words:
-each error is one line that says what to do.
+their SHA-256 (`known_files.json`, and CLIP's vocabulary), what is checked before and after, and
+what goes wrong, in words: each error is one line that says what to do. No file stands under its own
+name before it was found to be the right one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +26,13 @@ from ldm.checkpoints.tokenizer_files import (
     read_tokenizer,
     tokenizer_beside,
 )
-from ldm.files import file_sha256
+from ldm.files import writing, written_whole
 from ldm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfFileMetadata
+    from io import BufferedRandom, BufferedReader
 
-VOCABULARY = ("vocab.json", "merges.txt")
+    from huggingface_hub import HfFileMetadata
 
 
 class DownloadError(OSError):
@@ -38,7 +41,7 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class KnownFile:
-    """An official file of weights.
+    """An official file of weights, or of CLIP's vocabulary.
 
     Attributes:
         model: what `ldm download` calls it.
@@ -61,8 +64,30 @@ class KnownFile:
         return f"{self.model} comes under the licence {self.licence}: https://huggingface.co/{self.repo}"
 
 
+# CLIP's vocabulary as it is published for transformers. The bytes follow from OpenAI's own file:
+# its merges, a pair per line, and the tokens that they make, as Python's `json` writes them.
+VOCABULARY = (
+    KnownFile(
+        model="CLIP's vocabulary",
+        repo=CLIP_REPO,
+        file="vocab.json",
+        bytes=961_143,
+        sha256="3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
+        licence="MIT",
+    ),
+    KnownFile(
+        model="CLIP's vocabulary",
+        repo=CLIP_REPO,
+        file="merges.txt",
+        bytes=524_619,
+        sha256="9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+        licence="MIT",
+    ),
+)
+
+
 def known_files() -> tuple[KnownFile, ...]:
-    """All official files that are known, as `known_files.json` lists them."""
+    """All official files of weights that are known, as `known_files.json` lists them."""
     text = Path(__file__).with_name("known_files.json").read_text(encoding="utf-8")
     table = json.loads(text)
     return tuple(KnownFile(**entry, licence=table["licence"]) for entry in table["files"])
@@ -84,6 +109,11 @@ def identify(size: int, sha256: str | None = None) -> tuple[KnownFile, ...]:
     return tuple(file for file in known_files() if file.bytes == size)
 
 
+# What to do about a file that is not the known one: of the user's, or fetched just now.
+MOVE_AWAY = "move it away to fetch the official one"
+FETCH_AGAIN = "it was removed: fetch it again"
+
+
 # --- Fetching --------------------------------------------------------------------------------
 
 
@@ -91,7 +121,8 @@ def download(model: str, folder: str | Path = "weights") -> Path:
     """Fetch an official model's weights, and CLIP's vocabulary, into `folder/model`.
 
     A file that is there and right is not fetched again, and then nothing asks the network. After an
-    interruption the same call goes on where it stopped.
+    interruption the same call goes on where it stopped. While another process fetches the same file
+    it is waited for.
 
     Returns:
         the file of weights, checked against its SHA-256.
@@ -102,15 +133,10 @@ def download(model: str, folder: str | Path = "weights") -> Path:
     """
     known = known_file(model)
     path = Path(folder) / known.model / known.file
-    if path.exists():
-        check_file(path, known, "move it away to fetch the official one")
-    else:
-        fetch_weights(known, path)
+    fetch_weights(known, path)
     if tokenizer_beside(path) is None:
         for file in VOCABULARY:
-            to = path.with_name(file)
-            fetch(CLIP_REPO, file, part_of(to), offered(CLIP_REPO, file).size)
-            part_of(to).replace(to)
+            fetch_small(file, path.with_name(file.file))
     find_tokenizer(path, CLIP_VOCAB_SIZE)  # a ValueError if it is not CLIP's
     return path
 
@@ -138,46 +164,103 @@ def require_tokenizer(weights: str | Path, vocab_size: int) -> Tokenizer:
 
 def cache_vocabulary() -> Path:
     """Fetch CLIP's vocabulary, 1.4 MB, into the Hub's cache; returns the folder that it is in."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    for file in VOCABULARY:
-        offered(CLIP_REPO, file)
-        with in_one_line(CLIP_REPO, file, "the download stopped"):
-            path = Path(hf_hub_download(CLIP_REPO, file))
+    for known in VOCABULARY:
+        is_there = isinstance(try_to_load_from_cache(known.repo, known.file), str)
+        check_offer(known)
+        with in_one_line(known, "the download stopped"):
+            path = Path(hf_hub_download(known.repo, known.file))
+        try:
+            check_file(path, known, MOVE_AWAY if is_there else FETCH_AGAIN)
+        except DownloadError:
+            if not is_there:  # the cache would hold it for the right one from now on
+                path.resolve().unlink()
+                path.unlink(missing_ok=True)
+            raise
     return path.parent
 
 
 def fetch_weights(known: KnownFile, path: Path) -> None:
-    """Download a known file to a path where nothing is. Only the right file ever stands there."""
+    """Download a known file, or what an interruption left of it to fetch. Only the right file ever
+    stands at `path`.
+
+    Until it is whole it is in a hidden file that ends in `.part`. Whoever holds the lock writes
+    there, reads again what is there, and gives it its name: so the bytes that were found right are
+    those that get the name.
+    """
+    if path.exists():
+        return check_file(path, known, MOVE_AWAY)
+    part = path.with_name(f".{path.name}.part")
     size = check_offer(known)
-    part = part_of(path)
     check_room(path.parent, size - (part.stat().st_size if part.exists() else 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fetch(known.repo, known.file, part, size)
+    with locked(path):
+        if path.exists():  # by whoever had the lock before
+            return check_file(path, known, MOVE_AWAY)
+        with writing(part), open(part, "a+b", opener=follow_no_link) as file:
+            fetch(known, file, size)
+            file.seek(0)
+            wrong = difference(file, known)
+        if wrong:
+            part.unlink()
+            raise DownloadError(f"{part} is not {known.model}: {wrong}; {FETCH_AGAIN}")
+        part.replace(path)
+    return None
+
+
+def fetch_small(known: KnownFile, path: Path) -> None:
+    """As `fetch_weights`, for a file that need not go on where it stopped: nothing is left of it,
+    and so it needs no lock."""
+    if path.exists():
+        return check_file(path, known, MOVE_AWAY)
+    size = check_offer(known)
+    with written_whole(path) as temporary, temporary.open("r+b") as file:
+        fetch(known, file, size)
+        file.seek(0)
+        if wrong := difference(file, known):
+            raise DownloadError(f"{path} would not be {known.model}: {wrong}; fetch it again")
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While this lasts no other process or thread fetches `path`. It waits for one that does, and
+    says so. The file that is locked goes once `path` is there, and nothing is left to lock."""
+    from filelock import FileLock, Timeout
+
+    place = path.with_name(f".{path.name}.lock")
+    lock = FileLock(place)
     try:
-        check_file(part, known, "it was removed: fetch it again")
-    except DownloadError:
-        part.unlink()
-        raise
-    part.replace(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        warnings.warn(f"{path} is being fetched already: waiting for that to end", stacklevel=2)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if path.exists():
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                place.unlink()
+        lock.release()
 
 
-def part_of(path: Path) -> Path:
-    """Where a download is until it is whole."""
-    return path.with_name(f".{path.name}.part")
+def follow_no_link(path: str, flags: int) -> int:
+    """Open a file, and none that a link of this name leads to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def offered(repo: str, file: str) -> HfFileMetadata:
+def offered(known: KnownFile) -> HfFileMetadata:
     """What the Hub says of a file. One question, so that a missing network, licence or token is
     noticed at once: the download itself tries again for half a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    with in_one_line(repo, file, "the Hub cannot be reached"):
-        return get_hf_file_metadata(hf_hub_url(repo, file))
+    with in_one_line(known, "the Hub cannot be reached"):
+        return get_hf_file_metadata(hf_hub_url(known.repo, known.file))
 
 
-def fetch(repo: str, file: str, path: Path, size: int | None) -> None:
-    """Download what `path` lacks of a file of `size` bytes.
+def fetch(known: KnownFile, part: BufferedRandom, size: int) -> None:
+    """Download what `part`, which stands at its end, lacks of a file of `size` bytes.
 
     `hf_hub_download` forgets what has arrived when it is interrupted (huggingface_hub 2 gives each
     download a new temporary file), and a file of weights is long; so one level deeper.
@@ -186,35 +269,35 @@ def fetch(repo: str, file: str, path: Path, size: int | None) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    stopped = "the download stopped (repeat it to go on from there)"
-    with in_one_line(repo, file, stopped), path.open("ab") as part:
-        if size is not None and part.tell() > size:  # what is there is of another file
+    with in_one_line(known, "the download stopped (repeat it to go on from there)"):
+        if size and part.tell() > size:  # what is there is of another file
             part.truncate(part.seek(0))
         http_get(
-            hf_hub_url(repo, file),
+            hf_hub_url(known.repo, known.file),
             part,
             resume_size=part.tell(),
             headers=build_hf_headers(),
-            expected_size=size,
-            displayed_filename=file,
+            expected_size=size or None,
+            displayed_filename=known.file,
         )
+        part.flush()
 
 
 @contextlib.contextmanager
-def in_one_line(repo: str, file: str, otherwise: str) -> Iterator[None]:
+def in_one_line(known: KnownFile, otherwise: str) -> Iterator[None]:
     """What the Hub's library raises, as a DownloadError; `otherwise` begins the line for an error
     that is not an answer of the Hub."""
     try:
         yield
     except Exception as error:  # of whichever HTTP library it is built on
-        raise DownloadError(explain(error, repo, file, otherwise)) from error
+        raise DownloadError(explain(error, known, otherwise)) from error
 
 
-def explain(error: Exception, repo: str, file: str, otherwise: str) -> str:
+def explain(error: Exception, known: KnownFile, otherwise: str) -> str:
     """What happened, and what to do."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{repo}"
+    file, page = known.file, f"{constants.ENDPOINT}/{known.repo}"
     token = f"set HF_TOKEN to a token from {constants.ENDPOINT}/settings/tokens"
     match error:
         case errors.OfflineModeIsEnabled():
@@ -237,7 +320,7 @@ def explain(error: Exception, repo: str, file: str, otherwise: str) -> str:
 
 def check_offer(known: KnownFile) -> int:
     """How many bytes a download would have; a DownloadError if it would not be the known file."""
-    offer = offered(known.repo, known.file)
+    offer = offered(known)
     # The Hub names large files by their SHA-256, and others by something shorter.
     is_named = offer.etag is not None and len(offer.etag) == len(known.sha256)
     if (is_named and offer.etag != known.sha256) or (
@@ -261,11 +344,17 @@ def check_room(folder: Path, size: int) -> None:
 
 def check_file(path: Path, known: KnownFile, advice: str) -> None:
     """A DownloadError unless a file is, byte for byte, the known one."""
-    size = path.stat().st_size
+    with path.open("rb") as file:
+        wrong = difference(file, known)
+    if wrong:
+        raise DownloadError(f"{path} is not {known.model}: {wrong}; {advice}")
+
+
+def difference(file: BufferedReader | BufferedRandom, known: KnownFile) -> str | None:
+    """In what an open file differs from the known one, byte for byte; None where it does not."""
+    size = os.fstat(file.fileno()).st_size
     if known.bytes not in (None, size):
-        found, expected = f"{size:,} bytes", f"{known.bytes:,}"
-    elif (sha256 := file_sha256(path)) != known.sha256:
-        found, expected = f"the SHA-256 {sha256}", known.sha256
-    else:
-        return
-    raise DownloadError(f"{path} is not {known.model}: it has {found}, not {expected}; {advice}")
+        return f"it has {size:,} bytes, not {known.bytes:,}"
+    if (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != known.sha256:
+        return f"it has the SHA-256 {sha256}, not {known.sha256}"
+    return None

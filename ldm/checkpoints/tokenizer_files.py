@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ldm.files import write_text
+from ldm.files import written_whole
 from ldm.tokenizer import Merges, Tokenizer, Vocab, parse_pairs, vocab_of
 
 # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, the merged pairs, start and end.
@@ -54,11 +55,22 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write `vocab.json` and `merges.txt` into a folder that exists."""
-    folder = Path(folder)
-    write_text(folder / "vocab.json", json.dumps(tokenizer.vocab, ensure_ascii=False) + "\n")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
-    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    """Write `vocab.json` and `merges.txt` into a folder that exists: both, or none of the two."""
+    with tokenizer_written(tokenizer, Path(folder)):
+        pass
+
+
+@contextlib.contextmanager
+def tokenizer_written(tokenizer: Tokenizer, folder: Path) -> Iterator[None]:
+    """Write a tokenizer beside what is written in the meantime: its files appear after that, if
+    nothing fails."""
+    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
+    merges = "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)])
+    with written_whole(folder / "vocab.json") as temporary:
+        temporary.write_text(vocab + "\n", encoding="utf-8", newline="\n")
+        with written_whole(folder / "merges.txt") as temporary:
+            temporary.write_text(merges + "\n", encoding="utf-8", newline="\n")
+            yield
 
 
 # --- The forms that a vocabulary comes in ----------------------------------------------------

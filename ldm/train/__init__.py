@@ -3,11 +3,11 @@
 Three stages, each frozen before the next: the autoencoder, the CLIP pair, the UNet. Each training
 loop is a generator of `Record`s, so that a notebook can watch it and stop it.
 
-- `data.py`: batches from the Horizon world.
+- `data.py`: scenes of the Horizon world, drawn as they are needed.
 - `state.py`: what every loop shares, a `TrainState`, its `Optimisation` and its `Record`s.
 - `autoencoder.py`, `clip.py`, `diffusion.py`: a stage each, its settings and its loop.
 - `run.py`: a stage in a folder, with its progress bar, log and checkpoints (`ldm train`).
 
-Others take `pictures`, `TrainState` and `Optimisation`, `CLIPPair` and `load_pair`. How good the
-result is, `ldm.evaluate` measures: nothing here draws or judges.
+Others take `TrainState` and `Optimisation`, `CLIPPair` and `load_pair`. How good the result is,
+`ldm.evaluate` measures: nothing here draws or judges.
 """

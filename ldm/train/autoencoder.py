@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.config import HORIZON
-from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
+from ldm.train.data import draw_scenes, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL, Posterior
+from ldm.worlds.batches import object_masks, pictures
 from ldm.worlds.scenes import Scene
 
 

@@ -18,8 +18,9 @@ from ldm.errors import UnreadableError
 from ldm.files import written_whole
 from ldm.layers import Downsample, ResBlock
 from ldm.text import CLIPTextEncoder
-from ldm.train.data import draw_scenes, pictures, rng_at
+from ldm.train.data import draw_scenes, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
+from ldm.worlds.batches import pictures
 
 NORM_EPS = 1e-5
 PAIR_FILE = "clip.safetensors"  # beside the model: all of the pair but the text encoder

@@ -14,9 +14,10 @@ from ldm.config import HORIZON
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.train.autoencoder import encode_scenes
-from ldm.train.data import draw_scenes, object_masks, rng_at
+from ldm.train.data import draw_scenes, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL
+from ldm.worlds.batches import object_masks
 from ldm.worlds.scenes import Scene
 
 
@@ -64,7 +65,8 @@ def encode_set(vae: AutoencoderKL, settings: DiffusionSettings) -> LatentSet:
     scenes = draw_scenes(rng_at(settings.optimisation.seed, 0), settings.num_scenes)
     device = next(vae.parameters()).device
     latents, objects = [], []
-    for start in tqdm(range(0, len(scenes), 64), desc="encoding scenes", unit="batch"):
+    starts = range(0, len(scenes), 64)
+    for start in tqdm(starts, desc="encoding scenes", unit="batch", disable=None):
         batch = scenes[start : start + 64]
         with fast_step(device):
             latents.append(encode_scenes(vae, batch, settings.image_size).float())

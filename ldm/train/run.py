@@ -6,6 +6,7 @@ JSON per logged step in `NAME.jsonl`; a later stage reads the earlier ones' fini
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.saving import save_checkpoint
 from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.config import HORIZON
-from ldm.files import write_text
+from ldm.files import append_text, write_text
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
@@ -39,7 +40,14 @@ from ldm.train.clip import (
     train_clip,
 )
 from ldm.train.diffusion import DiffusionSettings, encode_set, train_diffusion
-from ldm.train.state import Optimisation, Record, StageError, TrainState, read_state
+from ldm.train.state import (
+    Optimisation,
+    Record,
+    StageError,
+    TrainState,
+    check_weights,
+    read_state,
+)
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 
@@ -99,10 +107,10 @@ def diffusion(
         return UNet(HORIZON.unet)
 
     vae = AutoencoderKL(HORIZON.vae)
-    vae.load_state_dict(averaged(out, "autoencoder"))
+    vae.load_state_dict(averaged(out, "autoencoder", vae))
     text = CLIPTextEncoder(HORIZON.text, read_tokenizer(out))
     pair = CLIPPair(text, CLIPSettings().image_size)
-    pair.load_state_dict(averaged(out, "clip"))
+    pair.load_state_dict(averaged(out, "clip", pair))
     for frozen in (vae, pair):
         frozen.to(device).eval().requires_grad_(False)
     state = prepare(fresh, settings.optimisation, out, "diffusion", resume, device)
@@ -143,9 +151,8 @@ def stage(
     run, recipe = STAGES[name]
     settings = recipe()
     path = out / f"{name}.pt"
-    stored = read_state(path)["settings"] if resume else {}
-    optimisation = replace(settings.optimisation, **(stored | changes))
-    settings = replace(settings, optimisation=optimisation)
+    started_with = read_state(path).settings if resume else settings.optimisation
+    settings = replace(settings, optimisation=replace(started_with, **changes))
     run(out, resume=resume, settings=settings, device=device)
 
 
@@ -178,36 +185,55 @@ def prepare(
 def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> None:
     """Run a loop to its end with a progress bar, a log, and a checkpoint every minute and at the
     end. Ctrl-C may come in the middle of a step, so nothing is saved then: it costs the time since
-    the last checkpoint, no more."""
+    the last checkpoint, no more.
+
+    Raises:
+        WriteError: a checkpoint or the log cannot be written, or the disk is full.
+    """
     path, log = out / f"{name}.pt", out / f"{name}.jsonl"
+    forget_after(log, state.step)
     started = saved = time.monotonic()
     total = state.settings.steps
-    bar = tqdm(total=total, initial=state.step, desc=name, unit="step")
-    with bar, log.open("a", encoding="utf-8") as file:
+    # None: a bar on a terminal only; the log has it all.
+    bar = tqdm(total=total, initial=state.step, desc=name, unit="step", disable=None)
+    with bar:
         for record in loop:
             bar.update()
             if record.step % LOG_EVERY_STEPS == 0 or record.step == total:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
                 seconds = round(time.monotonic() - started, 1)
                 entry = {"step": record.step, "seconds": seconds, **record.figures}
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
+                append_text(log, json.dumps(entry) + "\n")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS or record.step == total:
                 state.save(path)
                 saved = time.monotonic()
 
 
-def averaged(out: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights that an earlier stage ended with.
+def forget_after(log: Path, step: int) -> None:
+    """Let a log end at `step`, the checkpoint's: whatever stopped the run, the steps after it are
+    taken again, and logged again. A line that was cut off goes too, and an older one of a step that
+    is there twice."""
+    old = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines: dict[int, str] = {}
+    for line in old.splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            lines[int(json.loads(line)["step"])] = line
+    new = "".join(f"{line}\n" for number, line in lines.items() if number <= step)
+    if new != old:
+        write_text(log, new)
+
+
+def averaged(out: Path, name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The averaged weights that an earlier stage ended with, for such a model.
 
     Raises:
-        StageError: that stage has not been run here, or not to its end.
+        StageError: that stage has not been run here, or not to its end, or its file is damaged.
     """
     path = out / f"{name}.pt"
     if not path.is_file():
         raise StageError(f"{path} is not there: run `ldm train {name} --out {out}` first")
-    state = read_state(path)
-    if state["step"] < state["settings"]["steps"]:
+    saved = read_state(path)
+    if saved.step < saved.settings.steps:
         raise StageError(f"{path} is not finished: run `ldm train {name} --out {out} --resume`")
-    weights: dict[str, Tensor] = state["ema"]
-    return weights
+    check_weights(path, saved.ema, model)
+    return saved.ema

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.device import multiplies_bfloat16
 from ldm.files import written_whole
 
 
@@ -99,7 +100,11 @@ class TrainState:
                 mean.lerp_(value, 1 - decay)
 
     def save(self, path: Path) -> None:
-        """Write everything that `load` needs; a stop in the middle leaves the checkpoint before."""
+        """Write everything that `load` needs; a stop in the middle leaves the checkpoint before.
+
+        Raises:
+            WriteError: it cannot be written there, or the disk is full.
+        """
         state = {
             "settings": asdict(self.settings),
             "step": self.step,
@@ -107,8 +112,14 @@ class TrainState:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with written_whole(path) as temporary:
-            torch.save(state, temporary)
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # Of a full disk torch says how far its own writer came; the system said the rest.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -116,45 +127,140 @@ class TrainState:
         Raises:
             StageError: it cannot be read, or was made with other settings, or for another model.
         """
-        state = read_state(path, self.device)
-        if state["settings"] != asdict(self.settings):
-            raise StageError(f"{path} was made with {state['settings']}: go on with the same")
-        if state["model"].keys() != self.model.state_dict().keys():
-            raise StageError(f"{path} is not a checkpoint of this stage")
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        saved = read_state(path, self.device)
+        if saved.settings != self.settings:
+            raise StageError(f"{path} was made with {asdict(saved.settings)}: go on with the same")
+        check_weights(path, saved.model, self.model)
+        check_weights(path, saved.ema, self.ema)
+        check_moments(path, saved, self.model)
+        self.model.load_state_dict(saved.model)
+        self.ema.load_state_dict(saved.ema)
+        # The groups' numbers follow from the settings, so those of this run are right.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved.moments, "param_groups": groups})
+        self.step = saved.step
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+# --- A checkpoint ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What `TrainState.save` wrote.
+
+    Attributes:
+        settings, step: of the run, and how far it had come.
+        model, ema: the weights, by their names.
+        moments: what AdamW knows of each parameter, by its number: how often it was changed, and
+            the running means of its gradient and of its square.
+    """
+
+    settings: Optimisation
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        if type(self.step) is not int or not 0 <= self.step <= self.settings.steps:
+            raise ValueError(f"step {self.step!r:.40} is not one of {self.settings.steps}")
+        for name in ("model", "ema"):
+            if not is_tensors(getattr(self, name), str):
+                raise ValueError(f"its {name} is not a table of tensors")
+        moments: object = self.moments
+        if not isinstance(moments, dict) or not all(
+            type(i) is int and is_tensors(one, str) for i, one in moments.items()
+        ):
+            raise ValueError("its optimizer's state is not a table of tensors")
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> SavedState:
     """What `TrainState.save` wrote.
 
     Raises:
-        StageError: it is not there, or not such a file.
+        StageError: it is not there, not such a file, or damaged.
     """
     if not path.is_file():
         raise StageError(f"{path} is not there")
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        if missing := {"settings", "step", "model", "ema", "optimizer"} - state.keys():
-            raise KeyError(*missing)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself compares no checksum
+        state = torch.load(path, map_location=device, weights_only=True)
+        named = {name: state[name] for name in ("settings", "step", "model", "ema")}
+        moments = state["optimizer"]["state"]
     except Exception as error:  # torch says a broken file in many ways and many lines
         raise StageError(f"{path} is not a checkpoint of a training stage") from error
-    return state
+    if damaged is not None:
+        raise StageError(f"{path} is damaged: the checksum of {damaged} does not match")
+    try:
+        return SavedState(**named | {"settings": read_settings(state["settings"])}, moments=moments)
+    except ValueError as error:
+        raise StageError(f"{path} is damaged: {error}") from error
+
+
+def read_settings(table: object) -> Optimisation:
+    """The settings that a checkpoint was made with, or a ValueError."""
+    kinds = {field.name: str(field.type) for field in fields(Optimisation)}
+    if not isinstance(table, dict) or table.keys() != kinds.keys():
+        raise ValueError(f"its settings are not {', '.join(kinds)}")
+    for name, value in table.items():
+        if type(value) not in ((int,) if kinds[name] == "int" else (int, float)):
+            raise ValueError(f"its setting {name} is {value!r:.40}, not a number")
+    return Optimisation(**table)
+
+
+def is_tensors(table: object, key: type) -> bool:
+    """Whether something is a table of tensors by keys of one type."""
+    return isinstance(table, dict) and all(
+        isinstance(name, key) and isinstance(value, Tensor) for name, value in table.items()
+    )
+
+
+def check_weights(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """A StageError unless the weights that were read from `path` are those of such a model."""
+    own = model.state_dict()
+    if weights.keys() != own.keys():
+        raise StageError(f"{path} is not a checkpoint of this stage")
+    for name, value in weights.items():
+        if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
+            raise StageError(
+                f"{path} is not a checkpoint of this stage: {name} is {described(value)}, "
+                f"not {described(own[name])}"
+            )
+
+
+def check_moments(path: Path, saved: SavedState, model: nn.Module) -> None:
+    """A StageError unless the optimizer's state in `path` is that of such a model."""
+    parameters = dict(enumerate(model.parameters()))
+    if not saved.moments.keys() <= parameters.keys() or bool(saved.moments) != (saved.step > 0):
+        raise StageError(f"{path} is damaged: its optimizer's state is of other parameters")
+    for i, moments in saved.moments.items():
+        own = parameters[i]
+        expected = {"step": (torch.Size([]), torch.float32)}
+        expected |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (own.shape, own.dtype))
+        if {name: (value.shape, value.dtype) for name, value in moments.items()} != expected:
+            raise StageError(
+                f"{path} is damaged: its optimizer's state of parameter {i} is another"
+            )
+
+
+def described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 @contextlib.contextmanager
 def fast_step(device: torch.device) -> Iterator[None]:
-    """Run forward passes in bfloat16 where the weights stay float32.
+    """Run forward passes in bfloat16 where the weights stay float32 and the device is fast at it;
+    else as they are.
 
-    On a CPU attention is computed by plain matrix products: for sequences as short as Horizon's
-    they are several times faster backward than the fused kernel.
+    On a CPU attention is then computed by plain matrix products: for sequences as short as
+    Horizon's they are several times faster backward than the fused kernel.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-        if device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if multiplies_bfloat16(device):
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

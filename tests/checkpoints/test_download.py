@@ -15,15 +15,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from ldm.checkpoints import download as module
-from ldm.checkpoints.download import DownloadError, KnownFile, download, identify, known_files
-from ldm.checkpoints.tokenizer_files import CLIP_MERGES, CLIP_REPO, read_tokenizer, write_tokenizer
+from ldm.checkpoints.download import (
+    VOCABULARY,
+    DownloadError,
+    KnownFile,
+    download,
+    identify,
+    known_files,
+)
+from ldm.checkpoints.tokenizer_files import (
+    CLIP_MERGES,
+    CLIP_REPO,
+    CLIP_VOCAB_SIZE,
+    read_tokenizer,
+    write_tokenizer,
+)
 from ldm.tokenizer import Tokenizer, base_tokens, vocab_of
 from tests.places import ROOT
 
@@ -144,6 +157,12 @@ def hub(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         server.files["some/weights/small.ckpt"] = CONTENT
         for path in vocabulary.iterdir():
             server.files[f"{CLIP_REPO}/{path.name}"] = path.read_bytes()
+
+        def known_as_served(file: KnownFile) -> KnownFile:
+            content = server.files[f"{file.repo}/{file.file}"]
+            sha256 = hashlib.sha256(content).hexdigest()
+            return dataclasses.replace(file, bytes=len(content), sha256=sha256)
+
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -153,6 +172,7 @@ def hub(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setattr(module, "known_files", lambda: (KNOWN,))
+        monkeypatch.setattr(module, "VOCABULARY", tuple(map(known_as_served, VOCABULARY)))
         with serving(server):
             yield server
 
@@ -186,6 +206,21 @@ def test_the_known_files_are_the_published_ones() -> None:
     published = json.loads(source.read_text())["files"]
     ours = [dataclasses.asdict(file) for file in known_files()]
     assert [{k: v for k, v in file.items() if k != "licence"} for file in ours] == published
+
+
+def test_clips_vocabulary_is_known_by_what_openais_own_file_makes(clip_folder: Path) -> None:
+    """The same tokens and merges in transformers' form, byte for byte."""
+    real = read_tokenizer(clip_folder)
+    lines = ["#version: 0.2", *map(" ".join, real.merges), ""]
+    made = {
+        "vocab.json": json.dumps(real.vocab, ensure_ascii=False).encode(),
+        "merges.txt": "\n".join(lines).encode(),
+    }
+    for known in VOCABULARY:
+        content = made.pop(known.file)
+        assert len(content) == known.bytes
+        assert hashlib.sha256(content).hexdigest() == known.sha256
+    assert not made and len(real) == CLIP_VOCAB_SIZE
 
 
 def test_a_file_is_identified_by_its_hash_or_guessed_by_its_size() -> None:
@@ -429,19 +464,149 @@ def test_a_damaged_download_is_removed(
     """The Hub says the right hash and size, and other bytes arrive."""
     known = dataclasses.replace(KNOWN, bytes=size)
     monkeypatch.setattr(module, "known_files", lambda: (known,))
-    real = module.fetch
+    with Hub() as storage, serving(storage):
+        hub.refusals["some/weights/small.ckpt"] = elsewhere(storage, b"?" + CONTENT[1:])
+        with pytest.raises(DownloadError, match="is not small: it has the SHA-256") as error:
+            download("small", tmp_path)
+        assert KNOWN.sha256 in one_line(error) and "removed" in str(error.value)
+        assert [path.name for path in (tmp_path / "small").iterdir()] == [".small.ckpt.lock"]
+    hub.refusals.clear()
+    path = download("small", tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert {p.name for p in path.parent.iterdir()} == {"small.ckpt", "vocab.json", "merges.txt"}
 
-    def damaged(repo: str, file: str, path: Path, size: int | None) -> None:
-        real(repo, file, path, size)
-        path.write_bytes(b"?" + path.read_bytes()[1:])
 
-    monkeypatch.setattr(module, "fetch", damaged)
-    with pytest.raises(DownloadError, match="is not small: it has the SHA-256") as error:
+def test_a_link_that_waits_under_the_parts_name_is_not_followed(hub: Hub, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / ".small.ckpt.part").symlink_to(victim)
+    with pytest.raises(OSError, match=r"\.small\.ckpt\.part cannot be written: ") as error:
         download("small", tmp_path)
-    assert KNOWN.sha256 in one_line(error) and "removed" in str(error.value)
-    assert not any((tmp_path / "small").iterdir())
-    monkeypatch.setattr(module, "fetch", real)
-    assert download("small", tmp_path).read_bytes() == CONTENT
+    assert victim.read_text() == "precious" and one_line(error)
+
+
+# --- Two at once -----------------------------------------------------------------------------
+
+
+def download_in_a_thread(folder: Path, results: list[object]) -> threading.Thread:
+    def run() -> None:
+        try:
+            results.append(download("small", folder))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.filterwarnings("ignore:.* is being fetched already")  # asked for below
+def test_two_downloads_of_one_model_at_once_fetch_it_once(hub: Hub, tmp_path: Path) -> None:
+    hub.pace = 0.03
+    results: list[object] = []
+    first = download_in_a_thread(tmp_path, results)
+    part = tmp_path / "small" / ".small.ckpt.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 0)
+    with pytest.warns(UserWarning, match=r"small\.ckpt is being fetched already: waiting") as said:
+        path = download("small", tmp_path)
+    first.join()
+    assert results == [path] and len(said) == 1
+    assert path.read_bytes() == CONTENT
+    assert hub.asked.count("GET some/weights/small.ckpt") == 1
+    assert {p.name for p in path.parent.iterdir()} == {"small.ckpt", "vocab.json", "merges.txt"}
+    assert len(read_tokenizer(path.parent)) == CLIP_VOCAB_SIZE
+
+
+@pytest.mark.filterwarnings("ignore:.* is being fetched already")
+def test_whoever_waited_goes_on_where_the_other_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.pace = 0.03
+    hub.cut["some/weights/small.ckpt"] = 700_000
+    results: list[object] = []
+    threads = [download_in_a_thread(tmp_path, results)]
+    part = tmp_path / "small" / ".small.ckpt.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 0)
+    threads += [download_in_a_thread(tmp_path, results) for _ in range(2)]
+    wait_until(lambda: bool(results))  # the first has failed; the Hub is well again
+    hub.cut.clear()
+    for thread in threads:
+        thread.join()
+    path = tmp_path / "small" / "small.ckpt"
+    assert any(isinstance(result, DownloadError) for result in results) and len(results) == 3
+    assert download("small", tmp_path) == path and path.read_bytes() == CONTENT
+    assert hub.asked.count("GET some/weights/small.ckpt") == 1
+    assert "GET some/weights/small.ckpt from 700000" in hub.asked
+
+
+# --- A page in the vocabulary's place --------------------------------------------------------
+
+PAGE = b"<!DOCTYPE html><html><body>Log in to use this network</body></html>"
+
+
+def vocabulary_elsewhere(hub: Hub, storage: Hub, file: str, content: bytes) -> None:
+    """The Hub says the right size of a vocabulary's file, and `content` arrives."""
+    right = hub.files[f"{CLIP_REPO}/{file}"]
+    storage.files["bucket/page"] = content
+    headers = {"Location": f"{storage.url}/bucket/page", "X-Repo-Commit": "1" * 40}
+    headers |= {"X-Linked-Size": str(len(right)), "X-Linked-Etag": f'"{"1" * 40}"'}
+    hub.refusals[f"{CLIP_REPO}/{file}"] = 302, headers
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_a_page_in_place_of_the_vocabulary_never_gets_its_name(
+    hub: Hub, tmp_path: Path, file: str
+) -> None:
+    """As a captive portal answers everything: whatever it says, the folder is not spoilt."""
+    place = f"{CLIP_REPO}/{file}"
+    right, folder = hub.files[place], tmp_path / "small"
+    hub.files[place] = PAGE
+    with pytest.raises(DownloadError, match=f"{file} of .* is another file now") as error:
+        download("small", tmp_path)
+    one_line(error)
+    assert not (folder / file).exists()
+    hub.files[place] = right
+    with Hub() as storage, serving(storage):
+        for page in (PAGE, PAGE + bytes(len(right) - len(PAGE)), right[:-1] + b"?"):
+            vocabulary_elsewhere(hub, storage, file, page)
+            with pytest.raises(DownloadError, match=file) as error:
+                download("small", tmp_path)
+            one_line(error)
+            assert {p.name for p in folder.iterdir()} <= {"small.ckpt", "vocab.json"} - {file}
+    hub.refusals.clear()
+    assert len(read_tokenizer(download("small", tmp_path).parent)) == CLIP_VOCAB_SIZE
+
+
+def test_a_page_in_place_of_the_vocabulary_does_not_stay_in_the_hubs_cache(
+    hub: Hub, tmp_path: Path
+) -> None:
+    right = hub.files[f"{CLIP_REPO}/merges.txt"]
+    with Hub() as storage, serving(storage):
+        vocabulary_elsewhere(hub, storage, "merges.txt", PAGE + bytes(len(right) - len(PAGE)))
+        with pytest.raises(FileNotFoundError, match="it was removed: fetch it again") as error:
+            module.require_tokenizer(tmp_path / "model.ckpt", CLIP_VOCAB_SIZE)
+        one_line(error)
+    hub.refusals.clear()
+    tokenizer = module.require_tokenizer(tmp_path / "model.ckpt", CLIP_VOCAB_SIZE)
+    assert len(tokenizer) == CLIP_VOCAB_SIZE
+
+
+def test_half_a_vocabulary_of_the_users_is_left_alone(hub: Hub, tmp_path: Path) -> None:
+    mine = tmp_path / "small" / "vocab.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    with pytest.raises(DownloadError, match="move it away to fetch the official one") as error:
+        download("small", tmp_path)
+    assert str(mine) in one_line(error) and mine.read_text() == "{}"
+
+
+# --- What is there already -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

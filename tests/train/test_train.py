@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from ldm.cli import train as train_command
 from ldm.config import HORIZON, ModelConfig
 from ldm.errors import UnreadableError
 from ldm.evaluate import prompts as measure
+from ldm.files import WriteError
 from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
@@ -33,13 +39,16 @@ from ldm.train.clip import (
     save_pair,
     train_clip,
 )
-from ldm.train.data import draw_scenes, object_masks, pictures, rng_at
+from ldm.train.data import draw_scenes, rng_at
 from ldm.train.diffusion import DiffusionSettings, LatentSet, encode_set, train_diffusion
 from ldm.train.state import Optimisation, Record, StageError, TrainState
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+from ldm.worlds.batches import object_masks, pictures
 from ldm.worlds.distribution import HELD_OUT
+from tests.disk import FULL, full_disk
 from tests.helpers import tiny_config
+from tests.places import ROOT
 
 SHORT = Optimisation(steps=25, batch_size=4, learning_rate=2e-3, warmup=5)
 
@@ -127,8 +136,8 @@ def test_a_failed_checkpoint_leaves_the_one_before_it(
     state.save(path)
     before = path.read_bytes()
 
-    def fail(_: object, file: Path) -> None:
-        file.write_bytes(b"half")
+    def fail(_: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
@@ -147,9 +156,171 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         longer.load(path)
     with pytest.raises(StageError, match="not a checkpoint of this stage"):
         TrainState(torch.nn.Linear(2, 2, bias=False), SHORT).load(path)
-    path.write_bytes(b"junk")
-    with pytest.raises(StageError, match="not a checkpoint"):
-        state.load(path)
+
+
+# What a checkpoint's bytes may have become, and what may stand in it instead.
+WEIGHT = torch.full((2,), 3.0).numpy().tobytes()
+BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "junk": lambda data: b"junk",
+    "cut": lambda data: data[: len(data) // 2],
+    "its end cut": lambda data: data[:-1],
+    "a byte of a weight changed": lambda data: data.replace(WEIGHT, b"\0" * len(WEIGHT), 1),
+}
+
+
+def moments_without(name: str, state: dict[str, Any]) -> None:
+    del state["optimizer"]["state"][1][name]
+
+
+CONTENTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a list": lambda state: [state],
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "settings in a list": lambda state: state.update(settings=[1, 2]),
+    "a setting too few": lambda state: state["settings"].pop("seed"),
+    "a setting too many": lambda state: state["settings"].update(flavour=1),
+    "a setting in words": lambda state: state["settings"].update(steps="many"),
+    "a setting out of its range": lambda state: state["settings"].update(batch_size=0),
+    "a step in words": lambda state: state.update(step="two"),
+    "a step before the first": lambda state: state.update(step=-1),
+    "a step after the last": lambda state: state.update(step=SHORT.steps + 1),
+    "weights in a list": lambda state: state.update(model=[1, 2]),
+    "numbers for weights": lambda state: state["model"].update(weight=1.0),
+    "a weight less": lambda state: state["ema"].pop("bias"),
+    "a weight of another shape": lambda state: state["model"].update(weight=torch.ones(3, 2)),
+    "a weight of another type": lambda state: state["ema"].update(bias=torch.ones(2).char()),
+    "an optimizer that is none": lambda state: state.update(optimizer=None),
+    "moments in a list": lambda state: state["optimizer"].update(state=[1, 2]),
+    "numbers for moments": lambda state: state["optimizer"]["state"].update({0: 1.0}),
+    "a moment less": functools.partial(moments_without, "exp_avg_sq"),
+    "a count less": functools.partial(moments_without, "step"),
+    "moments of another shape": lambda state: state["optimizer"]["state"][0].update(
+        exp_avg=torch.ones(3)
+    ),
+    "moments of another model": lambda state: state["optimizer"]["state"].update(
+        {9: state["optimizer"]["state"][0]}
+    ),
+    "no moments": lambda state: state["optimizer"]["state"].clear(),
+}
+
+
+@pytest.mark.parametrize("damage", [*BYTES, *CONTENTS])
+def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "state.pt"
+    saved = TrainState(torch.nn.Linear(2, 2), SHORT)
+    saved.update(saved.model(torch.ones(1, 2)).square().sum())
+    with torch.no_grad():
+        saved.model.bias.fill_(3.0)
+    saved.save(path)
+    if damage in BYTES:
+        data = path.read_bytes()
+        path.write_bytes(BYTES[damage](data))
+        assert path.read_bytes() != data
+    else:
+        state = torch.load(path, weights_only=True)
+        changed = CONTENTS[damage](state)
+        torch.save(changed if damage == "a list" else state, path)
+
+    fresh = TrainState(torch.nn.Linear(2, 2), SHORT)
+    before = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    with pytest.raises(StageError, match=r"state\.pt is (damaged|not a checkpoint)") as error:
+        fresh.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+    assert all(torch.equal(before[name], fresh.model.state_dict()[name]) for name in before)
+    assert fresh.step == 0 and not fresh.optimizer.state_dict()["state"]
+
+
+def test_a_checkpoint_that_no_disk_has_room_for_is_one_line(tmp_path: Path) -> None:
+    state = TrainState(torch.nn.Linear(100, 100), SHORT)
+    path = tmp_path / "state.pt"
+    with full_disk(), pytest.raises(WriteError) as error:
+        state.save(path)
+    assert str(error.value) == f"{path} cannot be written: {FULL}"
+    assert not list(tmp_path.iterdir())
+
+
+# --- The log ---------------------------------------------------------------------------------
+
+
+def counting(state: TrainState, stop_after: int | None = None) -> Iterator[Record]:
+    """A loop that only counts; whatever stops it comes without a warning."""
+    while state.step < state.settings.steps:
+        state.step += 1
+        yield Record(state.step, {"loss": 1 / state.step})
+        if state.step == stop_after:
+            raise KeyboardInterrupt
+
+
+def logged_steps(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "stage.jsonl").read_text().splitlines()]
+
+
+def test_the_log_repeats_no_step_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is stopped between a checkpoint and its end, and in the middle of a line."""
+    monkeypatch.setattr(run, "LOG_EVERY_STEPS", 1)
+    monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 1e9)
+    path, log = tmp_path / "stage.pt", tmp_path / "stage.jsonl"
+    settings = dataclasses.replace(SHORT, steps=8)
+    state = TrainState(torch.nn.Linear(2, 2), settings)
+    state.save(path)  # before the first step, so that it has no moments
+    with pytest.raises(KeyboardInterrupt):
+        run.follow(counting(state, stop_after=5), state, tmp_path, "stage")
+    with log.open("a") as file:
+        file.write('{"step": 6, "los')  # as SIGKILL leaves it
+    assert log.read_text().count("\n") == 5
+
+    resumed = TrainState(torch.nn.Linear(2, 2), settings)
+    resumed.load(path)
+    run.follow(counting(resumed), resumed, tmp_path, "stage")
+    assert logged_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    whole = log.read_bytes()
+    run.follow(counting(resumed), resumed, tmp_path, "stage")  # already at its end
+    assert log.read_bytes() == whole
+
+
+def test_a_log_ends_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "a.jsonl"
+    lines = [
+        '{"step": 1}',
+        "",
+        "[1]",
+        "nothing",
+        '{"step": 2, "loss": 3}',
+        '{"step": 2, "loss": 4}',
+    ]
+    log.write_text("\n".join([*lines, '{"step": 3}', '{"step": 1e999}', '{"st']))
+    run.forget_after(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2, "loss": 4}\n'
+    run.forget_after(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_logs_each_step_once(tmp_path: Path) -> None:
+    """SIGKILL, between two checkpoints of a real stage."""
+    program = (
+        "import sys, pytest; from ldm.cli import main; from ldm.train import run; "
+        "from tests.train.test_train import few_of_a_tiny_model as few; few(pytest.MonkeyPatch()); "
+        "run.LOG_EVERY_STEPS = 1; run.SAVE_EVERY_SECONDS = 0.2; sys.exit(main.main(sys.argv[1:]))"
+    )
+    args = ["train", "autoencoder", "--out", str(tmp_path), "--device", "cpu"]
+    command = [sys.executable, "-c", program, *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    log, deadline = tmp_path / "autoencoder.jsonl", time.monotonic() + 120
+    short = ["--steps", "60", "--batch-size", "2"]
+    with subprocess.Popen([*command, *short], env=env, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "autoencoder.pt").exists() or log.read_text().count("\n") < 12:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    subprocess.run([*command, "--resume"], env=env, check=True, stderr=subprocess.DEVNULL)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 61))
+
+
+# --- Learning --------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_warms_up_and_then_falls() -> None:
