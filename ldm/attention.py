@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.layers import zero_
+from ldm.layers import is_watched, zero_
 
 
 class AttentionWeights(nn.Module):
@@ -21,11 +21,6 @@ class AttentionWeights(nn.Module):
 
     It has no parameters, and is asked only while a forward hook watches it (`ldm.observe.hooks`).
     """
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether anyone wants to see, or to edit, the weights."""
-        return bool(self._forward_hooks)
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """q: (B, heads, N, d), k: (B, heads, M, d) -> (B, heads, N, M); each row sums to 1."""
@@ -35,7 +30,7 @@ class AttentionWeights(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the queries fetch, weights @ v: v (B, heads, M, d) -> (B, heads, N, d)."""
         # The fast kernel never writes the weights down, so it cannot show them.
-        if self.is_watched:
+        if is_watched(self):
             return self(q, k) @ v
         return F.scaled_dot_product_attention(q, k, v)  # the same
 

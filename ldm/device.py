@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -35,10 +37,23 @@ def check_device(device: str | torch.device) -> torch.device:
     return checked
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What layers compute in. Smaller floating-point types can only be stored."""
+
+
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A floating-point type, or a ValueError in one line."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype must be a floating-point type such as torch.float16, not {dtype!r}"
-        )
+    """A floating-point type that layers compute in, or a ValueError in one line."""
+    if dtype not in DTYPES:
+        names = ", ".join(str(one) for one in DTYPES)
+        raise ValueError(f"dtype must be a floating-point type of {names}, not {dtype!r:.80}")
     return dtype
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16: a CPU without them takes a hundred times as
+    long as in float32. Where PyTorch cannot tell (before `torch.cpu.get_capabilities`), it has not.
+    """
+    if device.type != "cpu":
+        return True
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

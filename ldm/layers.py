@@ -7,10 +7,22 @@ normalisation's epsilon, the time embedding, the padding) is an argument.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def is_watched(part: nn.Module) -> bool:
+    """Whether someone looks at what goes into or out of a part, and may keep it or put a tensor of
+    their own in its place. A hook that says whose it is, in its attribute `thread`, counts in that
+    thread alone (`ldm.observe.hooks`)."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    if not hooks or torch.compiler.is_dynamo_compiling():  # which knows no threads
+        return bool(hooks)
+    here = threading.get_ident()
+    return any(getattr(hook, "thread", here) == here for hook in hooks)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

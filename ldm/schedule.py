@@ -10,6 +10,8 @@ All of them broadcast `alpha_bar`: a float, or a tensor that broadcasts against 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,22 +64,69 @@ class NoiseSchedule:
         self.betas = betas.float()
         self.alpha_bar = alpha_bar.float()
 
-    def alpha_bar_at(self, t: int) -> float:
+    def alpha_bar_at(self, t: float) -> float:
         """alpha_bar of one timestep; t = -1 stands for the clean picture, where it is 1.
+
+        Between two timesteps the angle phi is interpolated, of which alpha_bar is the squared
+        cosine (Salimans & Ho 2022, appendix D): it is finite at either end, where the signal's or
+        the noise's logarithm is not.
 
         Raises:
             IndexError: t is below -1 or past the table.
         """
-        if t < -1:
-            raise IndexError(f"timestep {t} is out of range: -1 is the clean picture")
-        return 1.0 if t == -1 else self.alpha_bar[t].item()
+        last = len(self.alpha_bar) - 1
+        if not -1 <= t <= last:
+            raise IndexError(f"timestep {t} is out of range: 0 to {last}, -1 is the clean picture")
+        below = math.floor(t)
+        if below == t:
+            return 1.0 if t == -1 else self.alpha_bar[below].item()
+        low, high = (math.acos(self.alpha_bar_at(n) ** 0.5) for n in (below, below + 1))
+        return math.cos(low + (t - below) * (high - low)) ** 2
+
+    def timestep_at(self, alpha_bar: float) -> float:
+        """The t between 0 and the last timestep of which `alpha_bar_at` gives this alpha_bar.
+
+        Raises:
+            ValueError: the table does not reach it.
+        """
+        most, least = self.alpha_bar[0].item(), self.alpha_bar[-1].item()
+        if not least <= alpha_bar <= most:
+            raise ValueError(f"alpha_bar must be between {least:.6g} and {most:.6g}: {alpha_bar}")
+        above = int((self.alpha_bar.double() > alpha_bar).sum())  # the first timestep not above it
+        if self.alpha_bar[above].item() == alpha_bar:
+            return float(above)
+        low, high = (math.acos(self.alpha_bar_at(n) ** 0.5) for n in (above - 1, above))
+        return above - 1 + (math.acos(alpha_bar**0.5) - low) / (high - low)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Noise a batch to its timesteps: x0 and noise (B, ...), t int64 (B,) -> (B, ...)."""
+        """Noise a batch to its timesteps: x0 and noise (B, ...), t int64 (B,) -> (B, ...).
+
+        Raises:
+            ValueError: a shape does not fit, or a timestep is not one of the table. Timesteps that
+                are on a GPU cannot be looked at without waiting: there, one outside the table gives
+                NaN.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise must be {tuple(x0.shape)} as x0 is, not {tuple(noise.shape)}")
+        if not isinstance(t, Tensor) or t.shape != x0.shape[:1] or t.dtype != torch.int64:
+            kind = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+            raise ValueError(f"t must be int64 ({len(x0)},), a timestep for each, not {kind}")
+        last = len(self.alpha_bar) - 1
+        inside = (t >= 0) & (t <= last)
+        if t.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
+            raise ValueError(f"t must be between 0 and {last}, not {t[~inside][0].item()}")
         # Not in half precision: the first alpha_bar would round to 1, and its noise vanish.
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        alpha_bar = self.alpha_bar.to(x0.device)[t].to(dtype)
-        return noised(x0, noise, alpha_bar.view(-1, *[1] * (x0.ndim - 1))).to(x0.dtype)
+        # A negative index would count from the table's end.
+        alpha_bar = self.alpha_bar.to(t.device)[t.clamp(0, last)].where(inside, torch.nan)
+        alpha_bar = alpha_bar.to(x0.device, dtype).view(-1, *[1] * (x0.ndim - 1))
+        return noised(x0, noise, alpha_bar).to(x0.dtype)
+
+    def check_timestep(self, t: float) -> None:
+        """A ValueError unless t is a real number from 0 to the last timestep of the table."""
+        last = len(self.alpha_bar) - 1
+        if not 0 <= t <= last:
+            raise ValueError(f"timesteps must be between 0 and {last}, not {t}")
 
     def timesteps(self, steps: int) -> list[int]:
         """The grid of `even_timesteps` in this schedule."""
@@ -94,9 +143,13 @@ class NoiseSchedule:
 
 
 def exact_tables(config: ScheduleConfig) -> tuple[Tensor, Tensor]:
-    """betas and alpha_bar, (T,) float64 each: the square roots of the betas are evenly spaced."""
-    start, end = config.beta_start**0.5, config.beta_end**0.5
-    betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float64) ** 2
+    """betas and alpha_bar, (T,) float64 each: the square roots of the betas are evenly spaced,
+    unless the config has a table of its own."""
+    if config.betas is not None:
+        betas = torch.tensor(config.betas, dtype=torch.float64)
+    else:
+        start, end = config.beta_start**0.5, config.beta_end**0.5
+        betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float64) ** 2
     return betas, torch.cumprod(1.0 - betas, dim=0)
 
 

@@ -63,10 +63,15 @@ class CLIPTextEncoder(nn.Module):
         Warns with the words that did not fit when a prompt is too long.
 
         Raises:
-            ValueError: the encoder has no tokenizer, or was given one string for a list.
+            ValueError: the encoder has no tokenizer, or was given something else than a list of
+                strings: one string, say, or the token ids that `encode` takes.
         """
         if isinstance(prompts, str):
             raise ValueError("pass a list of prompts, not one string")
+        if isinstance(prompts, Tensor):
+            raise ValueError("prompts must be a list of strings: token ids are for encode(ids)")
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of strings, not {prompts!r:.80}")
         tokenizer = self.require_tokenizer()
         rows = []
         for prompt in prompts:
@@ -81,7 +86,14 @@ class CLIPTextEncoder(nn.Module):
         return torch.tensor(rows, dtype=torch.int64, device=self.device)  # (B, max_length)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Token ids (B, max_length) -> context (B, max_length, hidden_size)."""
+        """Token ids, integers (B, max_length) or fewer places -> context (B, max_length,
+        hidden_size).
+
+        Raises:
+            ValueError: these are no token ids. On a GPU, and in compiled code, only the shape and
+                the type are looked at.
+        """
+        check_ids(ids, self.config)
         context: Tensor = self.transformer(input_ids=ids).last_hidden_state
         return context
 
@@ -106,6 +118,22 @@ class CLIPTextEncoder(nn.Module):
         if self.tokenizer is None:
             raise ValueError("this text encoder has no tokenizer: it encodes token ids only")
         return self.tokenizer
+
+
+def check_ids(ids: Tensor, config: TextConfig) -> None:
+    """A ValueError unless these are token ids that the embedding has."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids must be a tensor of int64, as tokenize(prompts) gives, not {kind}")
+    length = config.max_length
+    if ids.ndim != 2 or 0 in ids.shape or ids.shape[1] > length:
+        raise ValueError(f"ids must be (B, {length}) or fewer places, not {tuple(ids.shape)}")
+    # Values only where they are at hand: to look at a tensor on a GPU is to wait for the GPU.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"ids must be between 0 and {config.vocab_size - 1}, not {wrong}")
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:

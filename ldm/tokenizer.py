@@ -153,6 +153,18 @@ def _set_rules(backend: tokenizers.Tokenizer) -> None:
     )
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text as the rules clean and split it, whatever the vocabulary."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
+    backend = Backend(BPE())
+    _set_rules(backend)
+    cleaned = backend.normalizer.normalize_str(text)
+    pieces = backend.pre_tokenizer.pre_tokenize_str(cleaned)
+    return [cleaned[start:end] for _, (start, end) in pieces]
+
+
 # --- How a vocabulary is laid out ------------------------------------------------------------
 
 

@@ -35,9 +35,11 @@ class UNet(nn.Module):
     Source: DDPM (arXiv:2006.11239) for the shape, LDM (arXiv:2112.10752) for the text.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, num_timesteps: int = 1000) -> None:
+        """`num_timesteps`: how long the table of its noise schedule is; t ends at the last."""
         super().__init__()
         self.config = config
+        self.num_timesteps = num_timesteps
         widths = [config.model_channels * mult for mult in config.channel_mult]
         num_levels = len(widths)
 
@@ -83,12 +85,18 @@ class UNet(nn.Module):
 
         Args:
             x: noisy latents, (B, in_channels, H, W); H and W of any size.
-            t: timesteps, int64 (B,), 0 to 999.
+            t: timesteps, (B,): real numbers from 0 to `num_timesteps - 1`, 999, as integers or
+                floats. Between those of the table it was not trained, but knows what to do.
             context: text states, (B, M, context_dim).
 
         Returns:
             eps, (B, out_channels, H, W).
+
+        Raises:
+            ValueError: a shape does not fit, or a timestep is outside the table. On a GPU, and in
+                compiled code, only shapes are looked at.
         """
+        check_inputs(x, t, context, self.config, self.num_timesteps)
         time = self.time_embedding(t)  # (B, 4 * model_channels)
         h = self.conv_in(x)
 
@@ -160,6 +168,31 @@ class UpLevel(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.upsample = upsample
+
+
+def check_inputs(
+    x: Tensor, t: Tensor, context: Tensor, config: UNetConfig, num_timesteps: int
+) -> None:
+    """A ValueError in one line for the first argument of `UNet.forward` that does not fit. A shape
+    that merely broadcasts does not: every latent has a timestep and a context of its own."""
+    if x.ndim != 4 or x.shape[1] != config.in_channels or 0 in x.shape[2:]:
+        raise ValueError(f"x must be (B, {config.in_channels}, H, W), not {tuple(x.shape)}")
+    batch, width = x.shape[0], config.context_dim
+    if not isinstance(t, Tensor):
+        raise ValueError(f"t must be a tensor, a timestep for each of {batch} latents, not {t!r}")
+    if t.shape != (batch,):
+        raise ValueError(f"t must be ({batch},), a timestep for each latent, not {tuple(t.shape)}")
+    if t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"t must hold integers or floats, not {t.dtype}")
+    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
+        raise ValueError(f"context must be ({batch}, M, {width}), not {tuple(context.shape)}")
+    # Values only where they are at hand: to look at a tensor on a GPU is to wait for the GPU, at
+    # every step of a run; and compiled code has none to look at yet.
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        inside = (t >= 0) & (t <= num_timesteps - 1)  # NaN is not
+        if not inside.all():
+            wrong = t[~inside][0].item()
+            raise ValueError(f"t must be between 0 and {num_timesteps - 1}, not {wrong}")
 
 
 def level_list(levels: list[Level]) -> Sequence[Level]:

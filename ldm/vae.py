@@ -67,7 +67,12 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """Pictures in [-1, 1], (B, 3, H, W), H and W multiples of `config.factor`, to the
-        Gaussian over their latents (B, latent_channels, H / factor, W / factor)."""
+        Gaussian over their latents (B, latent_channels, H / factor, W / factor).
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        check_maps("x", x, self.config.in_channels, self.config.factor)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -75,7 +80,11 @@ class AutoencoderKL(nn.Module):
         """Latents (B, latent_channels, h, w) to pictures (B, 3, h * factor, w * factor).
 
         The pictures are near [-1, 1] but not clamped to it, so that gradients flow.
+
+        Raises:
+            ValueError: z has another shape.
         """
+        check_maps("z", z, self.config.latent_channels, 1)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(
@@ -211,6 +220,16 @@ class ConvAttention(nn.Module):
         )  # (B, 1, h w, C)
         h = self.weights.attend(q, k, v)  # (B, 1, h w, C)
         return x + self.to_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+def check_maps(name: str, maps: Tensor, channels: int, factor: int) -> None:
+    """A ValueError that names the argument, unless it is a batch of maps with so many channels,
+    whose sides are multiples of the factor."""
+    if maps.ndim != 4 or maps.shape[1] != channels or 0 in maps.shape[2:]:
+        raise ValueError(f"{name} must be (B, {channels}, H, W), not {tuple(maps.shape)}")
+    height, width = maps.shape[2:]
+    if height % factor or width % factor:
+        raise ValueError(f"sides of {name} must be multiples of {factor}, not {height} and {width}")
 
 
 def res_block(in_channels: int, out_channels: int, config: VAEConfig) -> ResBlock:

@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ldm.errors import DivergedError
 from ldm.samplers import SAMPLERS, Known, Prediction, Step, Steps, ddim, ddpm, guide, sample
+from ldm.samplers.soundness import LARGEST, Watch, is_sound
 from ldm.schedule import NoiseSchedule, noised, pairs
 from tests.helpers import randn, rng
 
@@ -196,6 +199,109 @@ def test_noise_without_one_generator_per_image_is_refused_at_the_call(
             ddpm(gaussian_eps, start(), pairs, SCHEDULE, generators=generators)
 
 
+@pytest.mark.parametrize(
+    "timesteps, match",
+    [
+        (SCHEDULE.timesteps(4), r"must be pairs of integers \(t, t_prev\).*not 751"),
+        ([(5.5, 3)], r"must be pairs of integers.*not \(5.5, 3\)"),
+        ([(5, 3, 1)], r"must be pairs of integers.*not \(5, 3, 1\)"),
+        ([(5, 3), (5000, 3)], "between 0 and 999, not 5000"),
+        ([(-1, -1)], "between 0 and 999, not -1"),
+        ([(5, -2)], "between 0 and 999, not -2"),
+        ([(5, 3), (5, 10)], r"must be falling, from noise to picture, not \(5, 10\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_a_grid_that_is_none_is_refused_at_the_call(kind: str, timesteps, match: str) -> None:
+    sampler = ddim if kind == "ddim" else functools.partial(ddpm, generators=rng())
+    with pytest.raises(ValueError, match=match) as error:
+        sampler(gaussian_eps, start(), timesteps, SCHEDULE)
+    assert str(error.value).startswith("timesteps must be")
+
+
+def test_a_grid_may_be_numpys_and_stay_where_it_is() -> None:
+    grid = np.array([[5, 5], [5, 3]])
+    assert [(step.t, step.t_prev) for step in ddim(gaussian_eps, start(), grid, SCHEDULE)] == [
+        (5, 5),
+        (5, 3),
+    ]
+
+
+@every_sampler
+@pytest.mark.parametrize("part", ["eps", "eps_cond"])
+def test_a_prediction_of_another_shape_is_refused(kind: str, part: str) -> None:
+    """It would broadcast: all images would follow the first one's."""
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor | Prediction:
+        return x[:1] if part == "eps" else Prediction(x, x[:1], x)
+
+    with pytest.raises(ValueError, match=r"eps_fn returned \(1, 4, 4, 4\) for x of \(2, 4, 4, 4\)"):
+        next(run(kind, start(), eps_fn=eps_fn))
+
+
+# --- What is no picture ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_latents_are_sound_while_they_are_numbers_of_a_sane_size(dtype, device: str) -> None:
+    x = start(device=device, dtype=dtype)
+    assert is_sound(x) and is_sound(x[:0]) and is_sound(1000 * x)
+    bad = [torch.nan, torch.inf, -torch.inf]
+    bad += [] if dtype == torch.float16 else [2 * LARGEST, -1e30]
+    for value in bad:
+        spoilt = x.clone()
+        spoilt[1, 2, 3, 0] = value
+        assert not is_sound(spoilt), value
+
+
+@every_sampler
+@pytest.mark.parametrize(
+    "value, kind_of",
+    [(torch.nan, "NaN"), (torch.inf, "(NaN|infinity)"), (1e30, "numbers as large")],
+)
+def test_a_run_that_diverges_ends_with_an_error_that_names_the_step(
+    kind: str, value: float, kind_of: str, device: str
+) -> None:
+    asked: list[int] = []
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(int(t[0]))
+        eps = gaussian_eps(x, t)
+        return eps + value if len(asked) == 3 else eps
+
+    seen = []
+    with pytest.raises(DivergedError) as error:
+        for step in run(kind, start(device=device), eps_fn=eps_fn):
+            seen.append(step)
+    t = asked[2]
+    expected = rf"the latents hold {kind_of}.* after step 3 of 6 \(t = {t}\)"
+    assert error.match(expected) and "\n" not in str(error.value)
+    assert error.value.t == t
+    assert torch.equal(error.value.x, seen[1].x_prev)  # what that step was given
+    assert len(seen) == (2 if device == "cpu" else 6)
+
+
+def test_a_run_that_starts_from_nothing_sound_says_so() -> None:
+    with pytest.raises(DivergedError, match="x, from which the run starts, holds NaN") as error:
+        list(run("ddim", start() * torch.nan))
+    assert error.value.x is None
+
+
+def test_who_looks_only_at_the_end_still_learns_which_step_it_was() -> None:
+    """As on a GPU, where to look at every step would be to wait for it."""
+    x, grid = start(), SCHEDULE.ddim_timesteps(4)
+    watch = Watch(x)
+    given = [x, x + 1, (x + 1) * torch.nan, x * torch.nan]
+    for index, latents in enumerate(given):
+        watch.see(index, latents)
+    with pytest.raises(
+        DivergedError, match=rf"NaN after step 2 of 4 \(t = {grid[1][0]}\)"
+    ) as error:
+        watch.check(x * torch.nan, grid)
+    assert torch.equal(error.value.x, given[1])
+    watch.check(x, grid)  # sound in the end: nothing is wrong
+
+
 # --- Rules -----------------------------------------------------------------------------------
 
 
@@ -233,6 +339,30 @@ def test_a_rule_may_ask_again_within_its_step_and_the_steps_eps_is_the_first_ans
     assert asked == [t for step in steps for t in (step.t, max(step.t_prev, 1))]
     for step in steps:
         assert torch.equal(step.eps, gaussian_eps(step.x, torch.full((2,), step.t)))
+
+
+def test_a_rule_may_ask_between_the_timesteps_of_the_table_and_not_beyond() -> None:
+    asked: list[Tensor] = []
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return 0 * x
+
+    def rule_at(t: float) -> Callable[[Known], Tensor]:
+        return lambda known: known.ask(known.x, t)
+
+    next(sample(rule_at(500.5), eps_fn, start(), [(900, 100)], SCHEDULE))
+    assert asked[1].tolist() == [500.5, 500.5]
+    for t in (-1, 999.5, 5000, math.nan):
+        with pytest.raises(ValueError, match=f"timesteps must be between 0 and 999, not {t}"):
+            next(sample(rule_at(t), eps_fn, start(), [(900, 100)], SCHEDULE))
+
+
+def test_a_rule_of_ones_own_may_walk_upwards() -> None:
+    up = [(t_prev, t) for t, t_prev in reversed(SCHEDULE.ddim_timesteps(4))]
+    rule = functools.partial(SAMPLERS["ddim"].rule, eta=0.0)
+    steps = sample(rule, gaussian_eps, start(), up, SCHEDULE)
+    assert [step.t_prev for step in steps] == [t_prev for _, t_prev in up]
 
 
 def test_what_a_rule_keeps_stays_through_the_run_and_after_send() -> None:
@@ -490,6 +620,31 @@ def test_scale_1_asks_the_prompt_alone(device: str) -> None:
     assert isinstance(eps, Tensor)
     assert torch.equal(eps, linear_model([])(x, t, context))
     assert len(calls) == 1 and len(calls[0][0]) == 2
+
+
+def test_every_image_has_a_context_of_its_own() -> None:
+    context, uncond = contexts("cpu")
+    t = torch.tensor([7, 7])
+    for scale in (1.0, 3.0):
+        one = guide(linear_model([]), context[:1], uncond[:1], scale)
+        with pytest.raises(ValueError, match="each image needs a context of its own: x is of 2"):
+            one(start(), t)
+    for wrong in (uncond[:1], uncond[:, :3], uncond[0]):
+        with pytest.raises(ValueError, match=r"context and uncond_context must be \(B, M, D\)"):
+            guide(linear_model([]), context, wrong, 3.0)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "3", None, torch.tensor([3.0, 3.0])])
+def test_guide_refuses_a_scale_that_is_no_number_at_the_call(scale: object) -> None:
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, not"):
+        guide(linear_model([]), *contexts("cpu"), scale)
+
+
+@pytest.mark.parametrize("scale", [np.float32(3), np.float16(3), np.int64(3), 3])
+def test_a_scale_may_be_a_number_of_any_type(scale: float) -> None:
+    x, t = start(), torch.tensor([7, 7])
+    eps, expected = (guide(linear_model([]), *contexts("cpu"), s)(x, t).eps for s in (scale, 3.0))
+    assert eps.dtype == torch.float32 and torch.equal(eps, expected)
 
 
 @every_sampler

@@ -82,6 +82,30 @@ def test_alpha_bar_at_is_the_table_and_one_for_the_clean_picture() -> None:
             SCHEDULE.alpha_bar_at(t)
 
 
+def test_alpha_bar_falls_smoothly_between_timesteps_and_is_turned_around() -> None:
+    """By the angle whose squared cosine it is: half way between two the angle is half way."""
+    for below in (-1, 0, 500, 998):
+        inside = [SCHEDULE.alpha_bar_at(below + n / 8) for n in range(9)]
+        assert inside == sorted(inside, reverse=True) and len(set(inside)) == 9
+        angles = [math.acos(a**0.5) for a in inside]
+        assert angles[4] == pytest.approx((angles[0] + angles[8]) / 2, abs=1e-12)
+    for t in (0, 0.25, 1, 499.5, 998.999, 999):
+        assert SCHEDULE.timestep_at(SCHEDULE.alpha_bar_at(t)) == pytest.approx(t, abs=1e-9)
+    for outside in (1.0, 0.9992, 0.004, math.nan):
+        with pytest.raises(ValueError, match=r"alpha_bar must be between 0\.0046\d+ and 0\.99915"):
+            SCHEDULE.timestep_at(outside)
+    for t in (-1.5, 999.5, math.nan):
+        with pytest.raises(IndexError, match="out of range"):
+            SCHEDULE.alpha_bar_at(t)
+
+
+def test_alpha_bar_is_continuous_down_to_pure_noise() -> None:
+    schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=2, betas=(0.5, 1.0)))
+    assert schedule.alpha_bar_at(0.5) == pytest.approx(math.cos(math.radians(67.5)) ** 2)
+    assert schedule.alpha_bar_at(0.999) < 1e-5 and schedule.alpha_bar_at(1) == 0.0
+    assert schedule.timestep_at(0.0) == 1.0
+
+
 def test_schedule_follows_its_config() -> None:
     schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=3, beta_start=0.01, beta_end=0.09))
     expected = torch.tensor([0.01, 0.04, 0.09])  # the squares of 0.1, 0.2, 0.3
@@ -117,6 +141,32 @@ def test_add_noise_keeps_the_dtype_and_its_precision(dtype: torch.dtype, device:
     # One rounding to the dtype, and float32's 1 - alpha_bar (see above).
     rtol = torch.finfo(dtype).eps + 1e-4
     torch.testing.assert_close(x.double().cpu(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"t": torch.tensor([-1, 3])}, "t must be between 0 and 999, not -1"),
+        ({"t": torch.tensor([3, 1000])}, "t must be between 0 and 999, not 1000"),
+        ({"t": 3}, r"t must be int64 \(2,\), a timestep for each, not 3"),
+        ({"t": torch.tensor(3)}, r"t must be int64 \(2,\).*not torch.int64 \(\)"),
+        ({"t": torch.tensor([3])}, r"t must be int64 \(2,\).*not torch.int64 \(1,\)"),
+        ({"t": torch.tensor([3.0, 4.0])}, r"t must be int64 \(2,\).*not torch.float32 \(2,\)"),
+        ({"noise": randn(1, 4)}, r"noise must be \(2, 4\) as x0 is, not \(1, 4\)"),
+    ],
+)
+def test_add_noise_refuses_what_does_not_fit(change: dict, match: str) -> None:
+    arguments = {"x0": randn(2, 4), "noise": randn(2, 4), "t": torch.tensor([3, 4])}
+    with pytest.raises(ValueError, match=match):
+        SCHEDULE.add_noise(**(arguments | change))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_timestep_outside_the_table_gives_nan() -> None:
+    x0, t = torch.ones(4, 3, device="cuda"), torch.tensor([-1, 0, 999, 1000], device="cuda")
+    is_nan = SCHEDULE.add_noise(x0, x0, t).isnan()
+    assert is_nan.all(dim=1).tolist() == [True, False, False, True]
+    assert not is_nan[1:3].any()
 
 
 def test_noised_latents_keep_a_unit_variance() -> None:

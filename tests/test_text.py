@@ -75,6 +75,33 @@ def test_one_string_for_a_list_is_refused(tokenizer: Tokenizer) -> None:
         tiny(tokenizer).tokenize("a house")
 
 
+def test_what_is_no_list_of_prompts_is_refused(tokenizer: Tokenizer) -> None:
+    text = tiny(tokenizer)
+    with pytest.raises(ValueError, match=r"token ids are for encode\(ids\)"):
+        text(some_ids())
+    for wrong in ([], [1, 2], ["a house", None]):
+        with pytest.raises(ValueError, match="prompts must be a list of strings, not"):
+            text(wrong)
+
+
+@pytest.mark.parametrize(
+    "ids, match",
+    [
+        (["a house"], r"ids must be a tensor of int64.*not list"),
+        (torch.zeros(1, 4), r"ids must be a tensor of int64.*not torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), r"ids must be \(B, 12\) or fewer places, not \(4,\)"),
+        (torch.zeros(1, 13, dtype=torch.int64), r"ids must be \(B, 12\) or fewer.*not \(1, 13\)"),
+        (torch.zeros(0, 12, dtype=torch.int64), r"ids must be \(B, 12\) or fewer.*not \(0, 12\)"),
+        (torch.tensor([[3, -1]]), "ids must be between 0 and 529, not -1"),
+        (torch.tensor([[530, 3]]), "ids must be between 0 and 529, not 530"),
+    ],
+)
+def test_what_are_no_token_ids_are_refused(ids: object, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        random_stage("text", tiny_config()).encode(ids)
+    assert "\n" not in str(error.value)
+
+
 def test_without_a_tokenizer_there_are_ids_only() -> None:
     text = tiny()
     assert text.encode(some_ids()).shape == (2, TINY.max_length, TINY.hidden_size)

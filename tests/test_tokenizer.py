@@ -23,7 +23,7 @@ from ldm.checkpoints.tokenizer_files import (
     read_tokenizer,
     write_tokenizer,
 )
-from ldm.tokenizer import BOS, EOS, Tokenizer
+from ldm.tokenizer import BOS, EOS, Tokenizer, split_words
 from tests.helpers import TRANSFORMERS_5
 from tests.places import ROOT
 
@@ -128,6 +128,14 @@ def test_digits_stand_alone_and_contractions_split(trained: Tokenizer) -> None:
     ends = [token for token in trained.strings(trained.encode("1984")) if token.endswith("</w>")]
     assert ends == ["1</w>", "9</w>", "8</w>", "4</w>"]
     assert trained.encode("lake's") == trained.encode("lake") + trained.encode("'s")
+
+
+def test_a_text_is_split_into_its_words_without_a_vocabulary(trained: Tokenizer) -> None:
+    text = "A  RED House's cafe\u0301, 25 日本 🎨"
+    words = ["a", "red", "house", "'s", "caf\u00e9", ",", "2", "5", "日本", "🎨"]
+    assert split_words(text) == words
+    assert [id for word in words for id in trained.encode(word)] == trained.encode(text)
+    assert split_words("") == []
 
 
 def test_special_tokens_in_a_text_are_themselves(trained: Tokenizer) -> None:

@@ -49,6 +49,73 @@ def test_odd_sizes_survive_four_levels(device: str) -> None:
     assert out.shape == x.shape and out.isfinite().all()
 
 
+X, CONTEXT, TIMES = randn(2, 4, 8, 8), randn(2, 6, 24), torch.tensor([20, 1])
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"t": 981}, "t must be a tensor, a timestep for each of 2 latents, not 981"),
+        ({"t": torch.tensor(981)}, r"t must be \(2,\), a timestep for each latent, not \(\)"),
+        ({"t": torch.tensor([981])}, r"t must be \(2,\).*not \(1,\)"),
+        ({"t": torch.tensor([[1], [2]])}, r"t must be \(2,\).*not \(2, 1\)"),
+        ({"t": torch.tensor([True, False])}, "t must hold integers or floats, not torch.bool"),
+        ({"t": torch.tensor([20, 5000])}, "t must be between 0 and 999, not 5000"),
+        ({"t": torch.tensor([-7, 20])}, "t must be between 0 and 999, not -7"),
+        ({"t": torch.tensor([20.0, 999.5])}, "t must be between 0 and 999, not 999.5"),
+        ({"t": torch.tensor([torch.nan, 20.0])}, "t must be between 0 and 999, not nan"),
+        ({"context": CONTEXT[:1]}, r"context must be \(2, M, 24\), not \(1, 6, 24\)"),
+        ({"context": CONTEXT[..., :8]}, r"context must be \(2, M, 24\), not \(2, 6, 8\)"),
+        ({"context": CONTEXT[0]}, r"context must be \(2, M, 24\), not \(6, 24\)"),
+        ({"x": X[0]}, r"x must be \(B, 4, H, W\), not \(4, 8, 8\)"),
+        ({"x": X[:, :3]}, r"x must be \(B, 4, H, W\), not \(2, 3, 8, 8\)"),
+        ({"x": X[..., :0]}, r"x must be \(B, 4, H, W\), not \(2, 4, 8, 0\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line_that_names_it(change: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        tiny()(**({"x": X, "t": TIMES, "context": CONTEXT} | change))
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_no_latents_have_no_noise() -> None:
+    assert tiny()(X[:0], TIMES[:0], CONTEXT[:0]).shape == (0, 4, 8, 8)
+
+
+@torch.no_grad()
+def test_a_timestep_is_any_real_number_within_the_table(device: str) -> None:
+    unet = tiny(device)
+    x, t, context = inputs(device=device)
+    for dtype in (torch.int32, torch.float32, torch.float64):
+        assert torch.equal(unet(x, t.to(dtype), context), unet(x, t, context))
+    ends = torch.tensor([0.0, 999.0], device=device)
+    assert unet(x, ends, context).isfinite().all()
+    low, between, high = (unet(x, torch.full_like(ends, at), context) for at in (400, 400.5, 401))
+    # Half way, but for the bend of waves whose angle changes by half: 1 / 8 of its square.
+    assert relative_error(between, (low + high) / 2) < 0.2 * relative_error(low, high)
+
+
+def test_the_table_is_as_long_as_its_schedule_says() -> None:
+    schedule = dataclasses.replace(tiny_config().schedule, num_train_timesteps=4000)
+    unet = random_stage("unet", dataclasses.replace(tiny_config(), schedule=schedule))
+    assert unet(X, torch.tensor([3999, 1]), CONTEXT).isfinite().all()
+    with pytest.raises(ValueError, match="between 0 and 3999, not 4000"):
+        unet(X, torch.tensor([4000, 1]), CONTEXT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_the_check_never_waits_for_the_device() -> None:
+    unet, (x, t, context) = tiny("cuda"), inputs(device="cuda")
+    unet(x, t, context)  # the first call may set up libraries
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        unet(x, t, context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @torch.no_grad()
 def test_images_of_a_batch_do_not_see_each_other(device: str) -> None:
     unet = tiny(device)

@@ -32,6 +32,24 @@ def posterior(device: str = "cpu") -> Posterior:
     return Posterior(mean.to(device), logvar.to(device))
 
 
+BAD_MAPS = [(4, 8, 8), (2, 5, 8, 8), (2, 4, 0, 8)]
+
+
+@pytest.mark.parametrize("shape", BAD_MAPS)
+def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^z must be \(B, 4, H, W\), not "):
+        tiny().decode(torch.zeros(shape))
+    assert tiny().decode(torch.zeros(0, 4, 8, 8)).shape == (0, 3, 16, 16)  # none are none
+
+
+@pytest.mark.parametrize("shape", BAD_MAPS)
+def test_pictures_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^x must be \(B, 3, H, W\), not "):
+        tiny().encode(torch.zeros(shape))
+    with pytest.raises(ValueError, match="sides of x must be multiples of 2, not 8 and 9"):
+        tiny().encode(torch.zeros(1, 3, 8, 9))
+
+
 # --- The posterior ---------------------------------------------------------------------------
 
 

@@ -5,9 +5,11 @@
     maps["mid.transformer.cross_attention.weights"]      # one tensor per call of the UNet
 
 Every part of a model has a name, its path in `module.named_modules()`, and what the part returns is
-the value of that name: "mid.res1" of a UNet, "time_embedding", "decoder.up.3" of an autoencoder. A
-glob names many at once; its `*` also matches dots. `record` keeps copies of the values, `edit`
-replaces them. Both are forward hooks that are gone when the `with` ends.
+the value of that name: "mid.res1" of a UNet, "time_embedding", "decoder.up.3" of an autoencoder. Of
+a part that returns several things, as some of the text encoder's do, it is the first tensor. A glob
+names many at once; its `*` also matches dots. `record` keeps copies of the values, `edit` replaces
+them. Both are forward hooks that are gone when the `with` ends, and belong to the thread that
+entered it: what other threads draw meanwhile passes them by.
 
 Attention has no part that returns its weights to someone who does not ask: the fast kernel never
 writes them down. They exist only while a hook is on the part named `weights`.
@@ -16,8 +18,10 @@ writes them down. They exist only while a hook is on the part named `weights`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -53,8 +57,8 @@ def record(
     takes.
 
     Args:
-        module: e.g. `pipe.unet`, `pipe.vae`, `pipe.text`. A compiled one runs as plain code
-            meanwhile: compiled code passes hooks by.
+        module: e.g. `pipe.unet`, `pipe.vae`, `pipe.text`. What is compiled runs as plain code
+            meanwhile, in every thread: compiled code passes hooks by.
         globs: names of parts, with `*`, `?` and `[...]` as in file names.
         reduce: what to keep of a value, e.g. `lambda w: w.mean(dim=1)`, the mean over heads. It
             sees the value itself, and must not change it in place.
@@ -64,10 +68,10 @@ def record(
         The copies, detached, on the value's own device, as they come in.
 
     Raises:
-        ValueError: a glob names nothing (near names are listed) or something that is not a tensor,
+        ValueError: a glob names nothing (near names are listed) or something without a tensor,
             or memory would go past its bound: the message says the bytes.
-        RuntimeError: at the end, a name recorded nothing: nobody asked the model, or what ran was
-            a captured CUDA graph, which passes hooks by.
+        RuntimeError: at the end, a name recorded nothing: nobody asked the model in this thread,
+            or what ran was a captured CUDA graph, which passes hooks by.
     """
     parts = find_parts(module, globs)
     values: dict[str, list[Tensor]] = {name: [] for name in parts}
@@ -121,7 +125,7 @@ def edit(
             in place.
 
     Raises:
-        ValueError: a glob names nothing, or something that is not a tensor, or what `by` returns
+        ValueError: a glob names nothing, or something without a tensor, or what `by` returns
             does not fit.
         RuntimeError: as in `record`, no edit took place.
     """
@@ -185,21 +189,23 @@ def _hooked(
 ) -> Iterator[None]:
     """Call `after(name, value)` with every value, and with what it returns go on, if anything;
     `before(name, bytes)` comes first, where a part can tell the size of its value before it makes
-    it. Every part must be heard of before the end."""
+    it. Every part must be heard of before the end. All of it in this thread alone."""
     heard: set[str] = set()
 
-    def value_hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-        def hook(part: nn.Module, inputs: Any, value: Any) -> Tensor | None:
-            if not isinstance(value, Tensor):
-                kind = type(value).__name__
-                raise ValueError(f"{name or 'the module'} returns a {kind}, not a tensor")
+    def value_hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(part: nn.Module, inputs: Any, output: Any) -> Any:
+            value = first_tensor(output)
+            if value is None:
+                kind = type(output).__name__
+                raise ValueError(f"{name or 'the module'} returns a {kind}, and no tensor")
             if is_captured(value):
                 raise RuntimeError(
                     f"{name or 'the module'} is being captured, and replays pass hooks by: "
                     "compile, or capture, before you record"
                 )
             heard.add(name)
-            return after(name, value)
+            new = after(name, value)
+            return None if new is None else with_tensor(output, value, new)
 
         return hook
 
@@ -211,19 +217,69 @@ def _hooked(
         return hook
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_eagerly())
+        stack.enter_context(eagerly())
         for name, part in parts.items():
             if hasattr(part, "output_bytes"):
-                stack.callback(part.register_forward_pre_hook(size_hook(name)).remove)
-            stack.callback(part.register_forward_hook(value_hook(name)).remove)
+                stack.callback(part.register_forward_pre_hook(OfThisThread(size_hook(name))).remove)
+            stack.callback(part.register_forward_hook(OfThisThread(value_hook(name))).remove)
         yield
     # Not in a finally: an exception from inside the `with` says more than this one.
     if silent := [name for name in parts if name not in heard]:
+        named = ", ".join(name or "the module" for name in silent[:3])
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
         raise RuntimeError(
-            f"nothing passed through {', '.join(silent[:3])}{more}: they were never called, or "
-            "what ran was a captured graph, which passes hooks by"
+            f"nothing passed through {named}{more}: never called in this thread, or what ran was "
+            "a captured graph, which passes hooks by"
         )
+
+
+class OfThisThread:
+    """A hook of the thread that makes it: what another draws with the same model passes it by.
+
+    It says whose it is, so that the other's layers need not do for its sake what they would do for
+    a watched one (`ldm.layers.is_watched`): the other's picture stays the same to the last bit.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+        self.thread = threading.get_ident()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the hook says; in another thread, nothing."""
+        # What compiles knows no threads, and is refused in each: it would keep the hook for good.
+        if torch.compiler.is_dynamo_compiling() or threading.get_ident() == self.thread:
+            return self.hook(*arguments)
+        return None
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What is looked at of what a part returns: itself, or the first tensor of a tuple, a list or
+    a mapping (transformers' outputs are such); None if there is none."""
+    match output:
+        case Tensor():
+            return output
+        case Mapping():
+            values = list(output.values())
+        case tuple() | list():
+            values = list(output)
+        case _:
+            return None
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
+    """What a part returns, of the same kind, with `new` in the place of the tensor `old`."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        for name, value in output.items():
+            if value is old:
+                changed[name] = new
+        return changed
+    values = [new if value is old else value for value in output]
+    is_named = hasattr(output, "_fields")  # a named tuple takes its values one by one
+    return type(output)(*values) if is_named else type(output)(values)
 
 
 def is_captured(value: Tensor) -> bool:
@@ -235,23 +291,26 @@ def is_captured(value: Tensor) -> bool:
 
 _observers = 0
 _stance = contextlib.ExitStack()
+_turn = threading.Lock()
 
 
 @contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """torch.compile makes code that passes later hooks by: run the plain code behind it instead,
-    until the last observer has left (they may leave in any order)."""
+    until the last observer has left (they may leave in any order). It is one for all threads."""
     global _observers
-    # Nothing can have been compiled before this is imported, and importing it takes seconds.
-    if "torch._dynamo" in sys.modules:
-        _stance.enter_context(torch.compiler.set_stance("force_eager"))
-    _observers += 1
+    with _turn:
+        # Nothing can have been compiled before this is imported, and importing it takes seconds.
+        if "torch._dynamo" in sys.modules:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _observers += 1
     try:
         yield
     finally:
-        _observers -= 1
-        if _observers == 0:
-            _stance.close()
+        with _turn:
+            _observers -= 1
+            if _observers == 0:
+                _stance.close()
 
 
 def _kind(value: Tensor) -> str:

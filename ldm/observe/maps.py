@@ -7,6 +7,7 @@ tensors and token ids; `ldm.observe.traces` records a run's maps.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.tokenizer import Tokenizer
+from ldm.tokenizer import Tokenizer, split_words
 
 
 def conditional_mean(weights: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
     """The words of a padded row of token ids: the start token, the prompt's words, the end tokens.
 
     A token that is marked so ends its word; punctuation and single digits are words of their own,
-    as CLIP's tokenizer splits them. A prompt that is too long may end in the middle of a word.
+    as CLIP's tokenizer splits them. A prompt that is too long may be cut in the middle of a word,
+    of which "…" then stands for the rest.
     """
     strings = tokenizer.strings(ids)
     end = len(ids)
@@ -62,9 +64,32 @@ def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
         is_special = ids[place] in (tokenizer.bos_token_id, tokenizer.eos_token_id)
         if strings[place].endswith("</w>") or is_special or place == end - 1:
             text = tokenizer.decode(ids[i] for i in group) or strings[place]
-            words.append(Word(text, tuple(group)))
+            is_whole = strings[place].endswith("</w>") or is_special
+            words.append(Word(text if is_whole else text + "…", tuple(group)))
             group = []
     return (*words, Word(strings[-1], tuple(range(end, len(ids)))))
+
+
+def find_word(words: Sequence[Word], text: str, prompt: str) -> Word:
+    """The one of a prompt's words (`group_words`) that is spelled so, in upper or lower case.
+
+    Raises:
+        ValueError: the prompt has no such word, or has it more than once, or has it beyond the
+            tokens that the model reads, so that it was cut off.
+    """
+    found = [word for word in words if word.text == text.lower()]
+    if len(found) > 1:
+        raise ValueError(f"the prompt says {text!r} {len(found)} times: pass one of `words`")
+    if found:
+        return found[0]
+    if text.lower() in split_words(prompt) and len(words[-1].tokens) == 1:
+        raise ValueError(
+            f"{text!r} was cut off: the prompt is longer than the {words[-1].tokens[0] + 1} tokens "
+            f"that the model reads, which end with {words[-2].text!r}"
+        )
+    spelled = [word.text for word in words]
+    near = difflib.get_close_matches(text.lower(), spelled, n=3) or spelled[1:-1]
+    raise ValueError(f"the prompt has no word {text!r}; it has {', '.join(near)}")
 
 
 def daam(maps: Sequence[Tensor], *, heads: int, size: tuple[int, int]) -> Tensor:

@@ -12,8 +12,6 @@ step; `ldm.observe.maps` sums them up. What Jupyter shows of a trace is up to wh
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,12 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.config import MOST_TIMESTEPS, WIDEST
+from ldm.errors import printable
 from ldm.files import check_writable, written_whole
 from ldm.observe.hooks import record
 from ldm.observe.maps import (
     Word,
     conditional_mean,
     daam,
+    find_word,
     group_words,
     map_size,
     prompt_to_prompt,
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 METHODS = ("daam", "prompt-to-prompt")
 METADATA = "ldm.trace"
 MAP_PREFIX = "maps."
+FACTS = ("model", "settings", "tokens", "words", "heads", "t", "t_prev", "alpha_bar")
 STEPWISE = ("x", "eps", "x0", "eps_cond", "eps_uncond")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEADER = 2**21  # bytes of a file that say what is in it; a long prompt's trace has 20,000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,12 +99,21 @@ class Trace:
         if self.settings.num_images != 1:
             raise ValueError("a trace is of one picture: for several, trace each on its own")
         steps, tokens = len(self.t), len(self.tokens)
-        if (len(self.t_prev), len(self.alpha_bar)) != (steps, steps):
+        if not steps or (len(self.t_prev), len(self.alpha_bar)) != (steps, steps):
             raise ValueError(f"a trace of {steps} steps needs as many t_prev and alpha_bar")
+        if not all(-1 <= t <= MOST_TIMESTEPS for t in (*self.t, *self.t_prev)):
+            raise ValueError(f"a timestep must be between -1 and {MOST_TIMESTEPS}")
+        if not all(0 <= left <= 1 for left in self.alpha_bar):
+            raise ValueError("alpha_bar must be between 0 and 1")
+        if not 1 <= self.heads <= WIDEST:
+            raise ValueError(f"heads must be between 1 and {WIDEST}, not {self.heads!r:.80}")
+        for name, tensor in self._tensors().items():
+            if not tensor.numel() or not (tensor.dtype in FLOATS or name == "picture"):
+                raise ValueError(f"{name} is {list(tensor.shape)} of {tensor.dtype}")
         if self.x.ndim != 4 or len(self.x) != steps or self.latents.shape != self.x[:1].shape:
             raise ValueError(f"the latents of {steps} steps do not fit their number")
         for name, tensor in self._stepwise().items():
-            if tensor.shape != self.x.shape or not tensor.is_floating_point():
+            if tensor.shape != self.x.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, x is {list(self.x.shape)}")
         if not self.maps:
             raise ValueError("a trace needs maps")
@@ -113,7 +126,7 @@ class Trace:
             raise ValueError(f"the picture is {list(picture.shape)} of {picture.dtype}")
         for word in self.words:
             if not word.tokens or not all(place in range(tokens) for place in word.tokens):
-                raise ValueError(f"the tokens of {word.text!r} are not there: {word.tokens}")
+                raise ValueError(f"the tokens of {word.text!r:.80} are not there")
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -126,7 +139,7 @@ class Trace:
         maps = ", ".join(
             f"{len(self.layers(rows))} at {rows}x{columns}" for rows, columns in self.resolutions
         )
-        return (
+        return printable(
             f"<Trace of {self.prompt!r} by {self.model}: {s.width}x{s.height}, {run}, "
             f"seed {s.seed}; "
             f"words: {words}; attention layers: {maps}; {self.nbytes / 1e6:.3g} MB>"
@@ -166,16 +179,9 @@ class Trace:
         """The word that is spelled so, in upper or lower case.
 
         Raises:
-            ValueError: the prompt has no such word, or has it more than once.
+            ValueError: the prompt has no such word, or has it more than once, or it was cut off.
         """
-        found = [word for word in self.words if word.text == text.lower()]
-        if len(found) > 1:
-            raise ValueError(f"the prompt says {text!r} {len(found)} times: pass one of `words`")
-        if not found:
-            spelled = [word.text for word in self.words]
-            near = difflib.get_close_matches(text.lower(), spelled, n=3) or spelled[1:-1]
-            raise ValueError(f"the prompt has no word {text!r}; it has {', '.join(near)}")
-        return found[0]
+        return find_word(self.words, text, self.prompt)
 
     def layers(self, resolution: int | None = None) -> dict[str, Tensor]:
         """The maps with so many rows, {layer: (S, rows, columns, L)}; None is all of them.
@@ -244,11 +250,7 @@ class Trace:
         path = Path(path)
         check_writable(path)
         tensors = self._tensors()
-        facts = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "maps" and field.name not in tensors
-        }
+        facts = {name: getattr(self, name) for name in FACTS}
         facts["settings"] = self.settings.as_dict()
         facts["words"] = [vars(word) for word in self.words]
         text = json.dumps(facts, sort_keys=True)
@@ -268,6 +270,10 @@ class Trace:
         if not path.is_file():
             raise FileNotFoundError(f"no trace at {path}")
         try:
+            with path.open("rb") as start:
+                size = int.from_bytes(start.read(8), "little")
+            if size > MAX_HEADER:
+                raise ValueError(f"its header has {size:,} bytes, more than {MAX_HEADER:,}")
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(METADATA)
                 if text is None:
@@ -290,8 +296,7 @@ class Trace:
             AttributeError,
             RecursionError,
         ) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is not a readable trace: {reason}") from error
+            raise ValueError(printable(f"{path} is not a readable trace: {error}")) from error
 
     def _stepwise(self) -> dict[str, Tensor]:
         """The tensors that have one value per step and the shape of x."""
@@ -382,21 +387,32 @@ def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
 
 
 def read_facts(text: str) -> dict[str, Any]:
-    """What a trace's metadata says, as the trace has it.
+    """What a trace's metadata says, as the trace has it: all that it says, and nothing else.
 
     Raises:
-        ValueError, TypeError, KeyError: it is not the metadata of a trace.
+        ValueError: it is not the metadata of a trace.
     """
-    facts = dict(json.loads(text))
-    kinds = {"model": str, "heads": int}
-    lists = {"tokens": str, "t": int, "t_prev": int, "alpha_bar": float}
-    for name, kind in kinds.items():
-        if not isinstance(facts[name], kind):
-            raise ValueError(f"{name} is {facts[name]!r}")
-    for name, kind in lists.items():
-        facts[name] = tuple(facts[name])
-        if not all(isinstance(value, kind) for value in facts[name]):
-            raise ValueError(f"{name} holds something else than {kind.__name__}")
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or facts.keys() != set(FACTS):
+        raise ValueError(f"its metadata does not have just the fields {', '.join(FACTS)}")
+    if type(facts["model"]) is not str or type(facts["heads"]) is not int:
+        raise ValueError(f"model is {facts['model']!r:.80}, heads {facts['heads']!r:.80}")
+    for name, kind in {"tokens": str, "t": int, "t_prev": int, "alpha_bar": float}.items():
+        facts[name] = listed(name, facts[name], kind)
     facts["settings"] = Settings.from_dict(facts["settings"])
-    facts["words"] = tuple(Word(str(w["text"]), tuple(w["tokens"])) for w in facts["words"])
+    facts["words"] = tuple(map(read_word, listed("words", facts["words"], dict)))
     return facts
+
+
+def read_word(fields: Mapping[str, Any]) -> Word:
+    """A word as `vars` gave it, or a ValueError."""
+    if fields.keys() != {"text", "tokens"} or type(fields["text"]) is not str:
+        raise ValueError("a word has a text, and tokens")
+    return Word(fields["text"], listed("tokens", fields["tokens"], int))
+
+
+def listed(name: str, values: object, kind: type) -> tuple[Any, ...]:
+    """A list of JSON, of one type alone: True is no number. A ValueError if it is not."""
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"{name} must be a list of {kind.__name__}, not {values!r:.80}")
+    return tuple(values)

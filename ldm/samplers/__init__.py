@@ -8,6 +8,7 @@
                   its name here, and into the options of the command (`ldm.cli.options`)
     guidance.py   classifier-free guidance: two predictions made into one
     noise.py      where random numbers come from
+    soundness.py  whether latents are still numbers of a sane size
 
 Samplers know no model, so they run as well on a closed form as on a UNet. Each is a function that
 returns a generator: `generator.send(new_x)` goes on from `new_x` instead of `step.x_prev`, and

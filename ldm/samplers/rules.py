@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm.samplers.loop import EpsFn, Known, Steps, sample
+from ldm.samplers.loop import EpsFn, Known, Steps, check_grid, sample
 from ldm.samplers.noise import Generators, check_generators
 from ldm.schedule import NoiseSchedule
 
@@ -43,6 +43,17 @@ def ddpm_rule(known: Known) -> Tensor:
     return mean if known.t_prev < 0 else mean + variance**0.5 * known.draw()
 
 
+def falling(timesteps: Sequence[tuple[int, int]], schedule: NoiseSchedule) -> list[tuple[int, int]]:
+    """The grid of a sampler that goes from noise to a picture, or a ValueError."""
+    grid = check_grid(timesteps, schedule)
+    for t, t_prev in grid:
+        if t_prev > t:
+            raise ValueError(
+                f"timesteps must be falling, from noise to picture, not ({t}, {t_prev})"
+            )
+    return grid
+
+
 # --- As functions ----------------------------------------------------------------------------
 
 
@@ -60,20 +71,23 @@ def ddim(
     Args:
         eps_fn: predicts the noise.
         x: starting noise, (B, C, H, W); never changed.
-        timesteps: pairs (t, t_prev), e.g. `schedule.ddim_timesteps(50)`.
+        timesteps: pairs (t, t_prev), t_prev <= t, e.g. `schedule.ddim_timesteps(50)`.
         schedule: gives alpha_bar.
         eta: 0 is deterministic, 1 adds as much noise per step as DDPM does.
         generators: for the noise of eta > 0, see `draw_noise`.
 
     Raises:
-        ValueError: at the call, for an eta outside [0, 1] or noise without its generators.
+        ValueError: at the call, for an eta outside [0, 1], noise without its generators, or
+            timesteps that rise or are no pairs; and see `sample`.
+        DivergedError: see `sample`.
     """
+    grid = falling(timesteps, schedule)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be between 0 and 1, not {eta}")
     if eta > 0.0:
         check_generators(generators, x)
     rule = functools.partial(ddim_rule, eta=eta)
-    return sample(rule, eps_fn, x, timesteps, schedule, generators=generators)
+    return sample(rule, eps_fn, x, grid, schedule, generators=generators)
 
 
 def ddpm(
@@ -90,15 +104,18 @@ def ddpm(
     Args:
         eps_fn: predicts the noise.
         x: starting noise, (B, C, H, W); never changed.
-        timesteps: pairs (t, t_prev), e.g. `schedule.ddpm_timesteps(1000)`.
+        timesteps: pairs (t, t_prev), t_prev <= t, e.g. `schedule.ddpm_timesteps(1000)`.
         schedule: gives alpha_bar.
         generators: for the noise of every step but the last, see `draw_noise`.
 
     Raises:
-        ValueError: at the call, when the generators are missing or not one per image.
+        ValueError: at the call, when the generators are missing or not one per image, or timesteps
+            rise or are no pairs; and see `sample`.
+        DivergedError: see `sample`.
     """
+    grid = falling(timesteps, schedule)
     check_generators(generators, x)
-    return sample(ddpm_rule, eps_fn, x, timesteps, schedule, generators=generators)
+    return sample(ddpm_rule, eps_fn, x, grid, schedule, generators=generators)
 
 
 # --- By name ---------------------------------------------------------------------------------

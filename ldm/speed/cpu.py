@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.attention import AttentionWeights, FeedForward
-from ldm.layers import ResBlock, Upsample
+from ldm.layers import ResBlock, Upsample, is_watched
 from ldm.speed.memory import keep_freed, release, trim
 
 BLOCK = 1 << 21
@@ -95,10 +95,9 @@ def suits_onednn(*tensors: Tensor) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether someone looks at what goes into or out of a module's parts. A hook may keep that, or
-    put a tensor of its own in its place."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
+def has_watched_parts(module: nn.Module) -> bool:
+    """Whether someone looks at what goes into or out of a module's parts."""
+    return any(is_watched(part) for part in module.children())
 
 
 class FastLinear(nn.Linear):
@@ -131,7 +130,8 @@ class FastUpsample(Upsample):
         height, width = x.shape[-2:]
         weight, bias = self.conv.weight, self.conv.bias
         is_doubled = tuple(size) == (2 * height, 2 * width)
-        if is_watched(self) or not is_doubled or places(x) <= FEW or not suits_onednn(x, weight):
+        is_large = is_doubled and places(x) > FEW
+        if has_watched_parts(self) or not is_large or not suits_onednn(x, weight):
             return super().forward(x, size)
         out = torch.empty(
             (len(x), len(weight), *size), memory_format=torch.channels_last
@@ -188,7 +188,7 @@ class FastAttentionWeights(AttentionWeights):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_small = q.shape[-2] * k.shape[-2] < WORTHWHILE
-        if is_small or self.is_watched or not suits_onednn(q, k, v):
+        if is_small or is_watched(self) or not suits_onednn(q, k, v):
             return super().attend(q, k, v)
         return attend_in_blocks(q, k, v)
 
@@ -198,7 +198,7 @@ class FastFeedForward(FeedForward):
     the gate's own memory takes their product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_watched(self) or not suits_onednn(x, self.proj_in.weight):
+        if has_watched_parts(self) or not suits_onednn(x, self.proj_in.weight):
             return super().forward(x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows = max(1, BLOCK // self.proj_in.out_features)
@@ -216,7 +216,7 @@ class FastResBlock(ResBlock):
     norm2: FastGroupNorm
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled() or is_watched(self):
+        if torch.is_grad_enabled() or has_watched_parts(self):
             return super().forward(x, time)
         h = self.conv1(self.norm1.normalise(x, silu=True))
         if self.time_proj is not None:

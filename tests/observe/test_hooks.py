@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +19,20 @@ from ldm.attention import Attention, SpatialTransformer
 from ldm.config import SD_V1
 from ldm.observe import hooks as observe
 from ldm.observe.hooks import edit, record
+from ldm.speed.cpu import optimize
+from ldm.text import CLIPTextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
-from tests.helpers import randn, random_stage, randomise, relative_error, rng, tiny_config
+from tests.helpers import (
+    TRANSFORMERS_5,
+    randn,
+    random_stage,
+    randomise,
+    relative_error,
+    rng,
+    tiny_config,
+    tiny_tokenizer,
+)
 
 CROSS = "*.cross_attention.weights"
 LAYER = "mid.transformer.cross_attention"
@@ -263,13 +278,17 @@ def test_what_is_not_a_module_or_not_a_name_is_refused(unet: UNet) -> None:
         record({}, "*").__enter__()
 
 
-def test_a_value_that_is_not_a_tensor_is_refused() -> None:
-    vae = random_stage("vae", tiny_config())
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [(0.5, "float"), ((), "tuple"), ([None], "list"), ({"a": 1}, "dict"), (None, "NoneType")],
+)
+def test_a_value_without_a_tensor_is_refused(output: object, kind: str) -> None:
+    part = Returns(lambda x: output)
     with (
-        pytest.raises(ValueError, match="the module returns a tuple, not a tensor"),
-        record(vae, ""),
+        pytest.raises(ValueError, match=f"the module returns a {kind}, and no tensor$"),
+        record(part, ""),
     ):
-        vae(randn(1, 3, 8, 8))
+        part(randn(2))
 
 
 def test_recording_nothing_is_an_error(unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -477,6 +496,252 @@ def test_an_edit_that_does_not_fit_or_never_happens_is_an_error(
         pass
     with pytest.raises(ValueError, match="near names: conv_in"):
         edit(unet, "convin", by=lambda name, value: None).__enter__()
+    assert hooks(unet) == 0
+
+
+# --- Parts that return several things ----------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A part that returns what a function makes of its input."""
+
+    def __init__(self, make: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> object:
+        return self.make(x)
+
+
+class Pair(NamedTuple):
+    label: str
+    value: Tensor
+
+
+SEVERAL: dict[str, Callable[[Tensor], Any]] = {
+    "tuple": lambda x: (x + 1, x + 2, None),
+    "tuple that begins otherwise": lambda x: (None, x + 1, x + 2),
+    "named tuple": lambda x: Pair("a", x + 1),
+    "list": lambda x: [x + 1],
+    "mapping": lambda x: {"label": "a", "value": x + 1, "other": x + 2},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_of_several_things_the_first_tensor_is_recorded_and_edited(kind: str) -> None:
+    part, x = Returns(SEVERAL[kind]), randn(3)
+    expected = SEVERAL[kind](x)
+    with (
+        record(part, "") as before,
+        edit(part, "", by=lambda name, value: 10 * value),
+        record(part, "") as after,
+    ):
+        found = part(x)
+    assert torch.equal(before[""][0], x + 1)
+    assert torch.equal(after[""][0], 10 * (x + 1))
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    assert len(found) == len(expected)
+    edited = 0
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, Tensor):
+            assert torch.equal(one, other if edited else 10 * (x + 1))
+            edited += 1
+        else:
+            assert one == other
+
+
+def test_a_reconstruction_is_the_value_of_the_whole_autoencoder() -> None:
+    vae = random_stage("vae", tiny_config())
+    with record(vae, "") as seen:
+        reconstruction, _ = vae(randn(1, 3, 8, 8))
+    assert torch.equal(seen[""][0], reconstruction)
+
+
+def test_every_part_of_the_text_encoder_can_be_recorded() -> None:
+    text = random_stage("text", tiny_config(), tokenizer=tiny_tokenizer())
+    assert isinstance(text, CLIPTextEncoder)
+    plain = text(["a red house"])
+    with record(text, "*") as seen:
+        context = text(["a red house"])
+    assert torch.equal(context, plain)
+    assert set(seen) >= {"transformer", "transformer.encoder", "transformer.encoder.layers.0"}
+    assert all(len(values) == 1 for values in seen.values())
+    assert torch.equal(seen["transformer"][0], context)
+    last = seen[f"transformer.encoder.layers.{text.config.num_layers - 1}"][0]
+    assert torch.equal(seen["transformer.encoder"][0], last)
+    assert torch.equal(text.transformer.final_layer_norm(last), context)
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer.encoder.layers.1.self_attn"])
+def test_what_the_text_encoder_returns_with_other_things_can_be_edited(name: str) -> None:
+    text = random_stage("text", tiny_config())
+    assert isinstance(text, CLIPTextEncoder)
+    ids = torch.arange(12)[None]
+    with record(text, name) as before:
+        plain = text.encode(ids)
+    with edit(text, name, by=lambda _, value: 2 * value), record(text, name) as after:
+        edited = text.encode(ids)
+    assert torch.equal(after[name][0], 2 * before[name][0])
+    assert relative_error(edited, plain) > 1e-2
+    assert torch.equal(text.encode(ids), plain)
+
+
+def test_a_layer_of_the_text_encoder_that_returns_a_tuple_is_seen_and_edited() -> None:
+    """As transformers 4 has them, whichever is here."""
+    text = random_stage("text", tiny_config())
+    assert isinstance(text, CLIPTextEncoder)
+    ids, name = torch.arange(12)[None], "transformer.encoder.layers.1"
+    with record(text, name) as expected:
+        text.encode(ids)
+    layer = text.get_submodule(name)
+    # The first hook makes the tuple, the last takes it apart, where the encoder expects a tensor.
+    with contextlib.ExitStack() as stack:
+        if TRANSFORMERS_5:
+            stack.callback(layer.register_forward_hook(lambda part, x, y: (y,)).remove)
+        found = stack.enter_context(record(text, name))
+        stack.enter_context(edit(text, name, by=lambda _, value: 2 * value))
+        edited = stack.enter_context(record(text, name))
+        if TRANSFORMERS_5:
+            stack.callback(layer.register_forward_hook(lambda part, x, y: y[0]).remove)
+        text.encode(ids)
+    assert torch.equal(found[name][0], expected[name][0])
+    assert torch.equal(edited[name][0], 2 * expected[name][0])
+
+
+# --- Threads -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def elsewhere(enter: Callable[[], Any], inside: Callable[[Any], object]) -> Iterator[Future[Any]]:
+    """Another thread that has entered a `with` before the body here begins, and only when the body
+    has ended does something inside of it; the future is what `inside` returned."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work() -> object:
+        with torch.no_grad(), enter() as what:
+            entered.set()
+            assert go_on.wait(60)
+            return inside(what)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        assert entered.wait(60) or future.result()
+        try:
+            yield future
+        finally:
+            go_on.set()
+        future.result()
+
+
+def test_a_recording_sees_nothing_of_what_another_thread_draws(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, t, context = inputs
+    plain = unet(*inputs)
+
+    def draw(seen: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        unet(2 * x, t, context)
+        return seen
+
+    with elsewhere(lambda: record(unet, "conv_in", CROSS), draw) as future:
+        for _ in range(2):
+            # Nor does the other's watched attention change a bit of what is drawn here.
+            assert torch.equal(unet(*inputs), plain)
+    seen = future.result()
+    assert {len(values) for values in seen.values()} == {1}
+    assert torch.equal(seen["conv_in"][0], unet.conv_in(2 * x))
+    assert hooks(unet) == 0
+
+
+def test_an_edit_changes_nothing_of_what_another_thread_draws(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    plain = unet(*inputs)
+    names = ("mid.res1", f"{LAYER}.weights")
+
+    def zero(name: str, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
+
+    with edit(unet, *names, by=zero):
+        edited = unet(*inputs)
+    with elsewhere(lambda: edit(unet, *names, by=zero), lambda _: unet(*inputs)) as future:
+        assert torch.equal(unet(*inputs), plain)
+        with record(unet, "mid.res1") as seen:  # each has its own hooks on one part
+            unet(*inputs)
+        assert seen["mid.res1"][0].abs().max() > 0
+    assert torch.equal(future.result(), edited)
+    assert relative_error(edited, plain) > 1e-3
+    assert hooks(unet) == 0
+
+
+def test_another_threads_recording_leaves_the_fast_layers_fast(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    optimize(unet)
+    plain = unet(*inputs)
+    with elsewhere(lambda: record(unet, "*"), lambda _: unet(*inputs)):
+        assert torch.equal(unet(*inputs), plain)
+    with record(unet, "*"):
+        assert not torch.equal(unet(*inputs), plain)
+
+
+def test_what_only_another_thread_drew_is_not_recorded(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    def draw() -> None:
+        with torch.no_grad():
+            unet(*inputs)
+
+    silent = "nothing passed through conv_in: never called in this thread, or"
+    with pytest.raises(RuntimeError, match=silent), record(unet, "conv_in") as seen:
+        other = threading.Thread(target=draw)
+        other.start()
+        other.join()
+    assert seen == {"conv_in": []}
+
+
+def test_a_generator_that_records_sees_what_is_drawn_between_its_steps(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Its recording is open while it waits, as any `with` is, and goes when it is closed."""
+
+    def steps() -> Iterator[int]:
+        with record(unet, "conv_in") as seen:
+            while True:
+                unet(*inputs)
+                yield len(seen["conv_in"])
+
+    run = steps()
+    assert next(run) == 1
+    with record(unet, "conv_*") as inner:
+        unet(*inputs)
+    assert [len(values) for values in inner.values()] == [1, 1]
+    assert next(run) == 3
+    run.close()
+    assert hooks(unet) == 0
+
+
+def test_two_threads_record_one_model_at_once(
+    unet: UNet, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, t, context = inputs
+    together = threading.Barrier(2, timeout=60)
+
+    def draw(factor: float) -> list[Tensor]:
+        with torch.no_grad(), record(unet, "conv_in") as seen:
+            for _ in range(5):
+                together.wait()
+                unet(factor * x, t, context)
+        return seen["conv_in"]
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(draw, (1.0, 2.0)))
+    for factor, seen in zip((1.0, 2.0), both, strict=True):
+        assert len(seen) == 5
+        assert all(torch.equal(value, unet.conv_in(factor * x)) for value in seen)
     assert hooks(unet) == 0
 
 

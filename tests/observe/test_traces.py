@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ldm
+from ldm import viz
 from ldm.observe.hooks import record
 from ldm.observe.maps import Word, daam, group_words, map_size, prompt_to_prompt
 from ldm.observe.traces import Trace, trace, trace_run
@@ -213,8 +214,30 @@ def test_a_prompt_that_is_too_long_ends_where_it_was_cut(pipe: TextToImage) -> N
     assert run.words[0].tokens == (0,)
     assert [word.tokens for word in run.words[1:13]] == [(i,) for i in range(1, 13)]
     assert run.words[13].tokens == (13, 14)
-    assert "bluish".startswith(run.words[13].text)
+    assert run.words[13].text == "blu…"  # which says so wherever it is shown
     assert run.words[-1] == Word(EOS, (15,))
+
+
+@pytest.mark.parametrize("text", ["bluish", "House", ","])
+def test_a_word_that_was_cut_off_is_said_to_be(pipe: TextToImage, text: str) -> None:
+    with pytest.warns(UserWarning, match="too long"):
+        run = trace(pipe, "a " * 12 + "bluish house, and a sea", steps=1)
+    line = (
+        f"{text!r} was cut off: the prompt is longer than the 16 tokens that the model reads, "
+        "which end with 'blu…'"
+    )
+    for look in (run.word, run.attention, lambda word: viz.attention(run, word)):
+        with pytest.raises(ValueError) as error:
+            look(text)
+        assert str(error.value) == line
+    with pytest.raises(ValueError, match="no word 'red'; it has a, a,"):
+        run.word("red")
+    assert run.word("blu…").tokens == (13, 14)
+
+
+def test_a_prompt_that_just_fits_has_no_word_cut_off(pipe: TextToImage) -> None:
+    words = words_of(pipe, "a red house " * 4 + "a red")
+    assert words[-2:] == [("red", (14,)), (EOS, (15,))]
 
 
 def test_special_tokens_inside_a_prompt_stand_alone(pipe: TextToImage) -> None:
@@ -394,6 +417,7 @@ BROKEN = {
     "text": lambda path: path.write_text("not a trace\n" * 50),
     "foreign": lambda path: save_file({"x": torch.zeros(2)}, path),
     "no json": lambda path: save_file({}, path, metadata={"ldm.trace": "{"}),
+    "a long header": lambda path: save_file({}, path, metadata={"ldm.trace": " " * 2**21}),
     "a list": lambda path: save_file({}, path, metadata={"ldm.trace": "[1]"}),
     "no settings": lambda path: rewritten(path, lambda f, t: f.pop("settings")),
     "no prompt": lambda path: rewritten(path, lambda f, t: f["settings"].pop("prompts")),
