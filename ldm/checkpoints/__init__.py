@@ -8,7 +8,8 @@ Nothing in a file is ever executed, and what is not asked for is not read. In th
   `folders.py`: the containers; `opening.py`: from a path to an archive;
 - `keys.py`: our names and the official ones; `spellings.py`: what else a key may be called;
   `families.py`: other models, by what they look like; `diffusers/`: its names and configs;
-  `config_json.py`: a config as JSON; `recognise.py`: from an archive to official keys and a config;
+  `config_json.py`: a config as JSON; `noise.py`: what a file says of the noise; `recognise.py`:
+  from an archive to official keys and a config;
 - `stages.py`: a stage by its name, built; `planning.py`: which tensor becomes which parameter;
   `filling.py`: the tensors, read; `tokenizer_files.py`: a vocabulary's files, and where they lie;
 - `loading.py`: all of it, for a stage or a whole model; `saving.py`; `convert.py`;

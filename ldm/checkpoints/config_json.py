@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ldm.config import SD_V1, DefaultsConfig, ModelConfig
-from ldm.errors import UnreadableError
+from ldm.errors import ConfigError, UnreadableError
+
+LONGEST = 100_000  # characters; a config has 1,000
 
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
-    """A config as sorted JSON, without `defaults` where they are the dataclass's own."""
+    """A config as sorted JSON, without `defaults` where they are the dataclass's own, and without
+    the betas of a noise schedule that is a table: files of weights hold those as tensors."""
     data = dataclasses.asdict(config)
+    del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():
         del data["defaults"]
     return json.dumps(data, sort_keys=True, indent=indent)
@@ -27,34 +32,56 @@ def config_from_json(text: str, path: Path) -> ModelConfig:
 
     Raises:
         UnreadableError: it is not such a config.
+        ConfigError: a number in it is out of its range (`ldm.config` has them).
     """
+    if len(text) > LONGEST:
+        told = f"it has {len(text):,} characters, more than {LONGEST:,}"
+        raise UnreadableError(f"what {path} holds is not a config of ldm: {told}")
     try:
         data = json.loads(text)
         if isinstance(data, dict):
             data.setdefault("defaults", dataclasses.asdict(DefaultsConfig()))
-        config: ModelConfig = read_like(SD_V1, data)
+        with said_of(path):
+            config: ModelConfig = read_like(SD_V1, data)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"what {path} holds is not a config of ldm: {error}") from error
     return config
 
 
-LARGEST = 2**20  # of the whole numbers in a config
+def read_config(path: Path) -> ModelConfig:
+    """The config in a file of its own.
+
+    Raises:
+        OSError: there is no such file.
+        UnreadableError, ConfigError: as `config_from_json`.
+    """
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    return config_from_json(data.decode("utf-8", "replace"), path)
+
+
+@contextlib.contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """What a config says against its numbers is said of the file that they come from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def read_like(example: Any, data: Any) -> Any:
     """A value of JSON as one of the same type as an example: a number, a name, a tuple of whole
-    numbers, or a dataclass of such. A ValueError if it is not."""
+    numbers, or a dataclass of such, which checks their ranges. A ValueError if it is not."""
     if dataclasses.is_dataclass(example) and not isinstance(example, type):
-        names = [field.name for field in dataclasses.fields(example)]
+        fields = dataclasses.fields(example)
+        names = [f.name for f in fields if getattr(example, f.name) is not None]
         if not isinstance(data, dict) or data.keys() != set(names):
-            raise ValueError(f"{str(data)[:80]} does not have just the fields {', '.join(names)}")
+            raise ValueError(f"{str(data)[:80]!r} does not have just the fields {', '.join(names)}")
         return type(example)(**{n: read_like(getattr(example, n), data[n]) for n in names})
     if isinstance(example, tuple) and isinstance(data, list):
         return tuple(read_like(example[0], one) for one in data)
-    if isinstance(example, str) and isinstance(data, str) and data.isprintable():
+    if type(data) is type(example) or (isinstance(example, float) and type(data) is int):
         return data
-    if isinstance(example, int) and type(data) is int and 0 <= data <= LARGEST:
-        return data
-    if isinstance(example, float) and type(data) in (int, float) and 0 < data < math.inf:
-        return float(data)
     raise ValueError(f"{str(data)[:80]!r} cannot stand where {example!r} could")

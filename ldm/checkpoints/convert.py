@@ -31,11 +31,12 @@ def convert(
     config: ModelConfig | None = None,
     vae: str | Path | None = None,
     text: str | Path | None = None,
+    prediction: str | None = None,
 ) -> None:
     """Write a whole model anew. The target appears whole or not at all.
 
     Args:
-        source, ema, config, vae, text: as `ldm.load` takes them.
+        source, ema, config, vae, text, prediction: as `ldm.load` takes them.
         target: a name that ends in `.safetensors` is a file in the official layout, with the
             tokenizer's two files beside it; any other is a new diffusers folder.
         dtype: None keeps the numbers as they are stored (where types are mixed, in the narrowest
@@ -51,7 +52,7 @@ def convert(
     check_target(
         target, {entry.file.path for one in sources.values() for entry in one.entries.values()}
     )
-    plans = plan_stages(sources, ema)
+    plans = plan_stages(sources, ema, prediction)
     vocab_size = plans["text"].config.text.vocab_size
     tokenizer = require_tokenizer(plans["text"].path, vocab_size)
     if is_file(target):

@@ -11,11 +11,15 @@ from ldm.config import SD_V1, ModelConfig
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
-# Other models, by the beginning of keys that they alone have.
+# Other models, by the beginning of keys that they alone have; the first that fits counts.
 OTHERS = {
+    "lora_controlnet": "a control-LoRA, a small ControlNet",
     "control_model.": "a ControlNet",
     "input_hint_block.": "a ControlNet",
-    "controlnet_cond_embedding.": "a ControlNet",
+    "zero_convs.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    f"{UNET}time_embed.cond_proj.": "a latent consistency model (LCM)",
+    "time_embedding.cond_proj.": "a latent consistency model (LCM)",
     "conditioner.embedders.": "Stable Diffusion XL",
     f"{UNET}label_emb.": "Stable Diffusion XL",
     f"{UNET}joint_blocks.": "Stable Diffusion 3",
@@ -26,12 +30,28 @@ OTHERS = {
     "down_blocks.": "a part of a diffusers folder (pass the folder)",
     f"{VAE}decoder.up_blocks.": "a part of a diffusers folder (pass the folder)",
 }
-# Additions to a model, by a word in the keys of a file that holds no stage.
+# Additions to a model, by a part of the keys of a file that holds no stage; the first that fits
+# counts, since many are trained as a LoRA, or have one in them.
 ADDITIONS = {
-    "lora": "a LoRA, an addition to a model",
-    "string_to_param.": "a textual inversion, an addition to a model",
-    "emb_params": "a textual inversion, an addition to a model",
+    "lllite_": "a ControlNet-LLLite",
+    "motion_module": "a motion module (AnimateDiff)",
+    "temporal_transformer.": "a motion module (AnimateDiff)",
+    "ip_adapter.": "an IP-Adapter",
+    "image_proj.": "an IP-Adapter",
+    "adapter.body.": "a T2I-Adapter",
+    "body.0.block1.": "a T2I-Adapter",
+    "body.0.in_conv.": "a T2I-Adapter",
+    "oft_unet_": "an OFT",
+    ".oft_": "an OFT",
+    "hada_w1": "a LoHa, a kind of LoRA",
+    "lokr_w1": "a LoKr, a kind of LoRA",
+    "lora": "a LoRA",
+    "string_to_param.": "a textual inversion",
+    "emb_params": "a textual inversion",
 }
+# The widths of the text states to which a textual inversion adds: those of Stable Diffusion 1, 2
+# and XL; and how many tensors it can have.
+WORD_WIDTHS, MOST_WORDS = {768, 1024, 1280}, 8
 # Other inputs of the first convolution than the 4 channels of a latent.
 OTHER_INPUTS = {
     5: "a depth-to-image model (5 input channels)",
@@ -54,13 +74,11 @@ def other_family(entries: Mapping[str, Entry], config: ModelConfig = SD_V1) -> s
         entries: by official keys.
         config: of the model that it should be: a number that is its own speaks not against it.
     """
+    if not stages_in(entries) and (addition := addition_in(entries)):
+        return f"{addition}, an addition to a model"
     for beginning, name in OTHERS.items():
         if any(key.startswith(beginning) for key in entries):
             return name
-    if not stages_in(entries):
-        for word, name in ADDITIONS.items():
-            if any(word in key for key in entries):
-                return name
     first = entries.get(f"{UNET}input_blocks.0.0.weight")
     if first is not None and len(first.shape) == 4 and first.shape[1] != config.unet.in_channels:
         return OTHER_INPUTS.get(first.shape[1])
@@ -68,6 +86,17 @@ def other_family(entries: Mapping[str, Entry], config: ModelConfig = SD_V1) -> s
     widths = {entries[key].shape[-1] for key in keys if entries[key].shape}
     others = widths & OTHER_CONTEXTS.keys() - {config.unet.context_dim}
     return OTHER_CONTEXTS[max(others)] if others else None
+
+
+def addition_in(entries: Mapping[str, Entry]) -> str | None:
+    """Which addition to a model a file is that holds no stage of one."""
+    for part, name in ADDITIONS.items():
+        if any(part in key for key in entries):
+            return name
+    # diffusers keeps a word as the only tensor, and that under the word itself.
+    rows = [e.shape for key, e in entries.items() if "." not in key and 1 <= len(e.shape) <= 2]
+    words = [shape for shape in rows if shape[-1] in WORD_WIDTHS]
+    return "a textual inversion" if 0 < len(words) == len(entries) <= MOST_WORDS else None
 
 
 # The first and the last layer of each stage, and how wide they are in Stable Diffusion v1.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.entries import Record
 from ldm.checkpoints.planning import Place, Plan
-from ldm.errors import HalfOverflowError, NonFiniteError
+from ldm.errors import HalfOverflowError, NonFiniteError, UnreadableError
 from ldm.text import CLIPTextEncoder, check_tokenizer
 from ldm.tokenizer import Tokenizer
 
@@ -19,6 +20,7 @@ def fill(
     dtype: torch.dtype,
     check: bool = True,
     tokenizer: Tokenizer | None = None,
+    trainable: bool = False,
 ) -> nn.Module:
     """Give a stage its weights, in the order in which they lie on disk, and return it.
 
@@ -29,12 +31,15 @@ def fill(
     Args:
         device, dtype: where the weights go, and as what.
         check: look at every number now, so that NaN or infinity is an error here and not a black
-            picture; False leaves what need not change unread until the model runs.
+            picture, and compare the checksums that a zip archive has; False leaves what need not
+            change unread until the model runs.
         tokenizer: of a text encoder, which without it encodes token ids only.
+        trainable: whether its weights take gradients; a stage that only draws needs none.
 
     Raises:
         NonFiniteError: with `check`, NaN or infinity is among them.
         HalfOverflowError: with `check`, a value that only `dtype` cannot hold.
+        UnreadableError: with `check`, bytes that do not have their checksum.
         ValueError: the tokenizer is another model's.
     """
     model, shapes = plan.model, {k: v.shape for k, v in plan.model.state_dict().items()}
@@ -44,13 +49,26 @@ def fill(
     in_order = sorted(
         plan.places.items(), key=lambda item: (item[1].entry.file.path, item[1].entry.offset)
     )
-    tensors = {
-        ours: read(place, device, dtype, check).view(shapes[ours]) for ours, place in in_order
-    }
+    tensors: dict[str, Tensor] = {}
+    intact: set[Record] = set()
+    for ours, place in in_order:
+        if check:
+            check_intact(place, intact)
+        tensors[ours] = read(place, device, dtype, check).view(shapes[ours])
     model.load_state_dict(tensors, strict=True, assign=True)
     if isinstance(model, CLIPTextEncoder):
         model.rebuild_buffers()
-    return model.eval()
+    return model.eval().requires_grad_(trainable)
+
+
+def check_intact(place: Place, intact: set[Record]) -> None:
+    """An error unless the bytes that a tensor is read from have their checksum. Those that were
+    looked at before are `intact`; what is looked at here joins them."""
+    for record in place.entry.records:
+        if record not in intact and not record.is_intact():
+            told = f"{place.key} is damaged: the record {record.name} does not have its checksum"
+            raise UnreadableError(f"{record.file.path}: {told}; fetch the file again")
+        intact.add(record)
 
 
 def read(place: Place, device: torch.device, dtype: torch.dtype, check: bool) -> Tensor:

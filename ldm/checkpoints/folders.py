@@ -25,7 +25,9 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # to find a file by
 DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 PARTS = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}
+MOST_JSON = 2_000_000  # bytes: Python's objects take twenty times that; an index has 100,000
 INDEX, SCHEDULER, CONFIG = "model_index.json", "scheduler/scheduler_config.json", "config.json"
+SCHEDULER_BESIDE = f"../{SCHEDULER}"  # of a part that is opened alone
 
 
 def find_file(path: str | Path) -> Path:
@@ -104,15 +106,21 @@ def find_documents(folder: Path, parts: Sequence[str]) -> dict[str, dict[str, An
     Raises:
         UnreadableError: one of them is damaged.
     """
-    own = [CONFIG] if is_part(folder) else []
+    own = [CONFIG, SCHEDULER_BESIDE] if is_part(folder) else []
     names = [INDEX, *own, *(f"{part}/{CONFIG}" for part in parts if part), SCHEDULER]
     return {name: read_document(folder / name) for name in names if (folder / name).is_file()}
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, or an UnreadableError if it holds no JSON object."""
+    """The fields of a JSON file, or an UnreadableError if it holds no JSON object or is huge."""
     try:
-        fields = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise UnreadableError(f"{path} has more than {MOST_JSON:,} bytes: it is not a config")
+        fields = json.loads(data)
+    except UnreadableError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UnreadableError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -10,15 +10,17 @@ from typing import Any
 
 from ldm.checkpoints.diffusers.names import text_layers
 from ldm.checkpoints.download import identify
-from ldm.checkpoints.entries import Entry
+from ldm.checkpoints.entries import Archive, Entry
 from ldm.checkpoints.families import is_sd_v1, other_family
 from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
+from ldm.checkpoints.loading import check_sources
 from ldm.checkpoints.opening import open_archive
-from ldm.checkpoints.recognise import official_entries, own_config
+from ldm.checkpoints.planning import check_blocks, plan
+from ldm.checkpoints.recognise import Weights, official_entries, own_config, understood
 from ldm.checkpoints.spellings import EMA, ema_name, ignored_in, is_expendable, stages_in
-from ldm.checkpoints.stages import STAGES, too_small
-from ldm.config import SD_V1, ModelConfig
-from ldm.errors import some
+from ldm.checkpoints.stages import STAGES
+from ldm.config import SD_V1, ModelConfig, TextConfig
+from ldm.errors import CheckpointError, DtypeError, KeysError, ShapeError, printable, some
 from ldm.files import file_sha256
 
 
@@ -30,9 +32,12 @@ class Inspection:
         path, size: where, and how many bytes in all.
         container: as `ldm.checkpoints.entries.Archive` has it: "safetensors", say.
         family: "Stable Diffusion v1", the name in the file's own config, or what else it is.
-        loads: whether ldm loads this kind of model; what is wrong with a single tensor is only
-            found out by loading.
+        loads: whether ldm loads all stages that are there, as they are; what is wrong with single
+            numbers is only found out by loading.
+        refused: the line that says why not; empty if it loads.
         known_as: names of published files that it has the size (or the hash) of.
+        schedule: what is to be said of the noise schedule; empty where the file has no other than
+            its config.
         stages: stage -> number of keys, of the stages that are there; missing: those that are not.
         dtypes: type -> number of tensors that belong to a stage.
         ema: number of keys in a second set of weights, their running mean.
@@ -48,7 +53,9 @@ class Inspection:
     container: str
     family: str
     loads: bool
+    refused: str
     known_as: tuple[str, ...]
+    schedule: str
     stages: dict[str, int]
     missing: tuple[str, ...]
     dtypes: dict[str, int]
@@ -71,8 +78,10 @@ class Inspection:
             "path": self.path,
             "size": f"{self.size:,} bytes",
             "container": self.container,
-            "family": self.family + ("" if self.loads else "; ldm does not load it"),
+            "family": self.family,
+            "refused": self.refused,
             "known as": " or ".join(self.known_as),
+            "schedule": self.schedule,
             "stages": ", ".join(stages) or "none",
             "missing": ", ".join(self.missing),
             "dtypes": ", ".join(
@@ -82,9 +91,10 @@ class Inspection:
             "ignored": some([f"{name}: {counted(n, 'key')}" for name, n in self.ignored.items()]),
             "unknown": some(self.unknown),
             "not called": some(self.stubs),
-            "sha256": "\n              ".join(self.told_hashes()),
         }
-        return "\n".join(f"{name:>12}  {told}" for name, told in facts.items() if told)
+        lines = [(name, told) for name, told in facts.items() if told]
+        lines += zip(["sha256", *[""] * len(self.sha256)], self.told_hashes(), strict=False)
+        return "\n".join(printable(f"{name:>12}  {told}") for name, told in lines)
 
     def told_hashes(self) -> list[str]:
         """The hashes; of several files, each with its name."""
@@ -107,7 +117,8 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
     archive = open_archive(path)
     config = own_config(archive)
     entries = official_entries(archive, config)
-    family, loads, config = family_of(entries, config)
+    refused, schedule = refusal(archive, entries, config)
+    family, config = family_of(entries, config)
     unknown = unknown_keys(entries, config)
     weights = {k: e for k, e in entries.items() if k not in unknown and not is_expendable(k)}
     stages = stages_in(weights)
@@ -121,8 +132,10 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
         size=sum(sizes.values()),
         container=archive.container,
         family=family,
-        loads=loads,
+        loads=not refused,
+        refused=refused,
         known_as=known_as(sizes, hashes),
+        schedule=schedule,
         stages=stages,
         missing=tuple(stage for stage in STAGES if stage not in stages),
         dtypes=dict(
@@ -137,27 +150,89 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
     )
 
 
+def refusal(
+    archive: Archive, entries: Mapping[str, Entry], config: ModelConfig | None
+) -> tuple[str, str]:
+    """The line with which loading what is there would be refused, or nothing; and what is to be
+    said of the noise schedule."""
+    schedule = ""
+    try:
+        weights = understood(archive, entries, config)
+        schedule = weights.schedule
+        stages = list(stages_in(k for k in entries if not is_expendable(k))) or STAGES
+        check_sources(dict.fromkeys(stages, weights))
+        for stage in stages:
+            if stage == "text":
+                check_text(weights)
+            else:
+                plan(weights, stage)
+    except CheckpointError as error:
+        return str(error), schedule
+    return "", schedule
+
+
+def check_text(weights: Weights) -> None:
+    """What `plan` says of a text encoder, by what its layers are called and how large they are: to
+    build one takes transformers, which takes longer to import than all else.
+
+    Raises:
+        KeysError, ShapeError, DtypeError: a weight is missing, or is not what it must be.
+    """
+    check_blocks(weights, "text")
+    shapes = {
+        PREFIXES["text"] + key: shape for key, shape in text_shapes(weights.config.text).items()
+    }
+    told = f"{weights.path} does not fit the model; "
+    found = {key: entry for key, entry in weights.entries.items() if key in shapes}
+    if missing := sorted(shapes.keys() - found.keys()):
+        raise KeysError(f"{told}missing: {some(missing)}")
+    if odd := sorted(key for key, entry in found.items() if entry.shape != shapes[key]):
+        raise ShapeError(f"{told}wrongly shaped: {some(odd)}")
+    if odd := sorted(k for k, entry in found.items() if not entry.dtype.is_floating_point):
+        raise DtypeError(f"{told}not floating-point numbers: {some(odd)}")
+    text = {key for key in weights.entries if key.startswith(PREFIXES["text"])}
+    if odd := sorted(key for key in text - shapes.keys() if not is_expendable(key)):
+        raise KeysError(f"{told}unexpected: {some(odd)}")
+
+
+def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """The weights of a text encoder, as transformers calls them, and their shapes."""
+    width, mlp = config.hidden_size, config.mlp_size
+    others = {
+        "token_embedding": (config.vocab_size, width),
+        "position_embedding": (config.max_length, width),
+        "fc1": (mlp, width),
+        "fc2": (width, mlp),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in text_layers(config):
+        name = layer.rpartition(".")[2]
+        shape = others.get(name, (width, width) if name.endswith("_proj") else (width,))
+        shapes[f"{layer}.weight"] = shape
+        if not name.endswith("_embedding"):
+            shapes[f"{layer}.bias"] = shape[:1]
+    return shapes
+
+
 def family_of(
     entries: Mapping[str, Entry], config: ModelConfig | None
-) -> tuple[str, bool, ModelConfig | None]:
-    """The name of the kind of model, whether ldm loads it, and its config where that is known."""
+) -> tuple[str, ModelConfig | None]:
+    """The name of the kind of model, and its config where that is known."""
     if other := other_family(entries, config or SD_V1):
-        return other, False, None
+        return other, None
     if config is not None and config != SD_V1:
-        return config.name, True, config
+        return config.name, config
     if config is not None or is_sd_v1(entries):
-        return "Stable Diffusion v1", True, SD_V1
+        return "Stable Diffusion v1", SD_V1
     if stages_in(entries):
-        return "of another width than Stable Diffusion v1: to load it, pass its config", True, None
-    return "unknown", False, None
+        return "of another width than Stable Diffusion v1", None
+    return "unknown", None
 
 
 def unknown_keys(entries: Mapping[str, Entry], config: ModelConfig | None) -> set[str]:
     """The keys that belong to no stage or, where there is a config, to no layer of one."""
     layers = {
-        stage: official_layers(stage, config)
-        for stage in stages_in(entries)
-        if config is not None and not too_small(entries, stage, config)
+        stage: official_layers(stage, config) for stage in stages_in(entries) if config is not None
     }
 
     def is_known(key: str) -> bool:

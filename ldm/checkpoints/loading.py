@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.filling import fill
+from ldm.checkpoints.folders import find_parts
 from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.planning import Ema, Plan, plan
@@ -23,7 +24,7 @@ from ldm.checkpoints.stages import STAGES
 from ldm.checkpoints.tokenizer_files import find_tokenizer
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype
-from ldm.errors import ConfigError, KeysError, MissingPartsError, some
+from ldm.errors import ConfigError, FamilyError, KeysError, MissingPartsError, printable, some
 from ldm.text import CLIPTextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -39,10 +40,18 @@ def load_unet(
     config: ModelConfig | None = None,
     ema: Ema = "auto",
     check: bool = True,
+    trainable: bool = False,
 ) -> UNet:
     """The UNet of a checkpoint, alone. See `load_stages` for arguments and errors."""
     (unet,) = load_stages(
-        path, ("unet",), device=device, dtype=dtype, config=config, ema=ema, check=check
+        path,
+        ("unet",),
+        device=device,
+        dtype=dtype,
+        config=config,
+        ema=ema,
+        check=check,
+        trainable=trainable,
     )
     assert isinstance(unet, UNet)
     return unet
@@ -55,9 +64,18 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
     check: bool = True,
+    trainable: bool = False,
 ) -> AutoencoderKL:
     """The autoencoder of a checkpoint, alone. See `load_stages` for arguments and errors."""
-    (vae,) = load_stages(path, ("vae",), device=device, dtype=dtype, config=config, check=check)
+    (vae,) = load_stages(
+        path,
+        ("vae",),
+        device=device,
+        dtype=dtype,
+        config=config,
+        check=check,
+        trainable=trainable,
+    )
     assert isinstance(vae, AutoencoderKL)
     return vae
 
@@ -69,10 +87,19 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     config: ModelConfig | None = None,
     check: bool = True,
+    trainable: bool = False,
 ) -> CLIPTextEncoder:
     """The text encoder of a checkpoint, alone, with its tokenizer if that is on this machine. See
     `load_stages` for arguments and errors."""
-    (text,) = load_stages(path, ("text",), device=device, dtype=dtype, config=config, check=check)
+    (text,) = load_stages(
+        path,
+        ("text",),
+        device=device,
+        dtype=dtype,
+        config=config,
+        check=check,
+        trainable=trainable,
+    )
     assert isinstance(text, CLIPTextEncoder)
     return text
 
@@ -86,6 +113,7 @@ def load_stages(
     config: ModelConfig | None = None,
     ema: Ema = "auto",
     check: bool = True,
+    trainable: bool = False,
 ) -> tuple[nn.Module, ...]:
     """Some stages of a file, which may lack the others.
 
@@ -93,7 +121,8 @@ def load_stages(
         path, config: as `open_archive` and `recognise` take them.
         stages: any of "unet", "vae", "text".
         ema: as `plan` takes it.
-        device, dtype, check: as `fill` takes them.
+        device, dtype, check, trainable: as `fill` takes them. Stages come for drawing, without
+            gradients, unless they are to be trained.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -107,7 +136,7 @@ def load_stages(
     config = weights.config
     plans = plan_stages(dict.fromkeys(stages, weights), ema)
     tokenizer = find_tokenizer(weights.path, config.text.vocab_size) if "text" in plans else None
-    return tuple(fill(plan, device, dtype, check, tokenizer) for plan in plans.values())
+    return tuple(fill(plan, device, dtype, check, tokenizer, trainable) for plan in plans.values())
 
 
 # --- A whole model, of one file or of several --------------------------------------------------
@@ -150,18 +179,38 @@ def joint_config(sources: Mapping[str, Weights]) -> ModelConfig:
     return dataclasses.replace(unet, vae=vae.vae, text=text.text)
 
 
-def plan_stages(sources: Mapping[str, Weights], ema: Ema = "auto") -> dict[str, Plan]:
+def plan_stages(
+    sources: Mapping[str, Weights], ema: Ema = "auto", prediction: str | None = None
+) -> dict[str, Plan]:
     """Find every weight of the stages that `sources` names, each in its own file.
 
+    Args:
+        prediction: what the UNet predicts: "eps", the noise, or "v", the velocity. It counts before
+            what the file says; None, where the file says nothing either, is "eps".
+
     Raises:
+        FamilyError: it is "v", which ldm cannot draw by yet.
         CheckpointError, ValueError: as in `load_stages`.
     """
+    check_sources(sources, prediction)
+    return {stage: plan(weights, stage, ema) for stage, weights in sources.items()}
+
+
+def check_sources(sources: Mapping[str, Weights], prediction: str | None = None) -> None:
+    """What can be wrong before a single weight is looked for.
+
+    Raises:
+        CheckpointError, ValueError: as `plan_stages`.
+    """
+    if prediction not in (None, "eps", "v"):
+        raise ValueError(f"prediction must be 'eps' or 'v', not {prediction!r:.80}")
     check_present(sources)
+    if "unet" in sources:
+        check_prediction(sources["unet"], prediction)
     if len(sources) == len(STAGES):  # a whole model answers for all that is in its files
         joint_config(sources)
         for weights in sources.values():
             check_strays(weights)
-    return {stage: plan(weights, stage, ema) for stage, weights in sources.items()}
 
 
 def check_present(sources: Mapping[str, Weights]) -> None:
@@ -179,10 +228,23 @@ def check_present(sources: Mapping[str, Weights]) -> None:
         line = f"{weights.path} holds {found} only: there is no {lacking} in it"
         if len(sources) < len(STAGES):
             raise MissingPartsError(line)
+        folder = weights.path.resolve().parent
+        if "" in weights.archive.parts and len(find_parts(folder)) > 1:
+            raise MissingPartsError(f"{line}: it is one part of a diffusers folder; pass {folder}")
         if "unet" in absent:
             raise MissingPartsError(f"{line}; load a file with a unet, and pass this one beside it")
         options = " and ".join(f"{stage}=" for stage in absent)
         raise MissingPartsError(f"{line}; pass {options}: a file or folder with it")
+
+
+def check_prediction(weights: Weights, prediction: str | None) -> None:
+    """A FamilyError for a model that predicts anything but the noise, and who says so: the caller
+    or, if `prediction` is None, the file."""
+    said = weights.predictions if prediction is None else {"prediction=": prediction}
+    for who, what in said.items():
+        if what != "eps":
+            told = f"{weights.path} is a model that predicts {what}, as {who} says"
+            raise FamilyError(f"{told}; ldm draws by those that predict eps, the noise")
 
 
 def check_strays(weights: Weights) -> None:
@@ -202,6 +264,7 @@ class Origin:
         paths: stage -> its file or folder.
         container: of the UNet's.
         ema: whether the UNet's weights are the running mean of those that were trained.
+        schedule: what is to be said of the noise schedule; empty where it is the config's.
         ignored: what else the files hold and is known not to matter: first word of keys -> number.
         stubs: the globals that a pickle named; none was called.
     """
@@ -209,6 +272,7 @@ class Origin:
     paths: Mapping[str, Path]
     container: str
     ema: bool
+    schedule: str
     ignored: Mapping[str, int]
     stubs: tuple[str, ...]
 
@@ -218,13 +282,15 @@ class Origin:
         facts = [self.container]
         if self.ema:
             facts.append("EMA weights")
+        if self.schedule:
+            facts.append(self.schedule)
         facts += [f"{stage} from {path}" for stage, path in self.paths.items() if path != main]
         if self.ignored:
             ignored = [f"{count} of {name}" for name, count in self.ignored.items()]
             facts.append(f"ignored: {some(ignored)}")
         if self.stubs:
             facts.append(f"not called: {some(self.stubs)}")
-        return f"{main} ({'; '.join(facts)})"
+        return printable(f"{main} ({'; '.join(facts)})")
 
 
 def origin(plans: Mapping[str, Plan]) -> Origin:
@@ -235,6 +301,7 @@ def origin(plans: Mapping[str, Plan]) -> Origin:
         paths={stage: plan.weights.path for stage, plan in plans.items()},
         container=plans["unet"].weights.archive.container,
         ema=plans["unet"].ema,
+        schedule=plans["unet"].weights.schedule,
         ignored=ignored_in({key for archive in archives for key in archive.entries} - taken),
         stubs=tuple(dict.fromkeys(stub for archive in archives for stub in archive.stubs)),
     )

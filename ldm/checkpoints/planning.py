@@ -14,10 +14,10 @@ from torch import nn
 
 from ldm.checkpoints.diffusers.names import PART_OF
 from ldm.checkpoints.entries import Entry
-from ldm.checkpoints.keys import PREFIXES, key_map
+from ldm.checkpoints.keys import PREFIXES, key_map, unet_names, vae_names
 from ldm.checkpoints.recognise import Weights
 from ldm.checkpoints.spellings import ema_name, is_expendable
-from ldm.checkpoints.stages import STAGES, empty_stage, too_small
+from ldm.checkpoints.stages import STAGES, empty_stage
 from ldm.config import ModelConfig
 from ldm.errors import DtypeError, KeysError, MissingPartsError, ShapeError, some
 
@@ -77,7 +77,6 @@ def plan(weights: Weights, stage: str, ema: Ema = "auto") -> Plan:
     Raises:
         KeysError, ShapeError, DtypeError: one line names the keys that do not fit.
         MissingPartsError: EMA weights are asked for that are not there.
-        ConfigError: no model can be built from the config.
         ValueError: there is no such stage, or `ema` is none of the three.
     """
     if stage not in STAGES:
@@ -85,11 +84,8 @@ def plan(weights: Weights, stage: str, ema: Ema = "auto") -> Plan:
     if not (ema == "auto" or isinstance(ema, bool)):
         raise ValueError(f"ema must be 'auto', True or False, not {ema!r}")
     entries, config = weights.entries, weights.config
-    if too_small(entries, stage, config):
-        raise KeysError(
-            f"{weights.path} holds {len(entries)} tensors: too few for the {stage} of {config.name}"
-        )
-    model = empty_stage(stage, config, weights.path)
+    check_blocks(weights, stage)
+    model = empty_stage(stage, config)
     official = key_map(model)
     from_ema = stage == "unet" and takes_ema(weights, official.values(), ema)
     names = {ours: ema_name(k) if from_ema else k for ours, k in official.items()}
@@ -122,6 +118,31 @@ def plan(weights: Weights, stage: str, ema: Ema = "auto") -> Plan:
     return Plan(stage, weights, places, from_ema, model)
 
 
+def check_blocks(weights: Weights, stage: str) -> None:
+    """A KeysError if most blocks of a stage are missing. A stage is built to be compared with a
+    file, and the config may ask for hundreds of blocks that the file does not have: this is told
+    by names alone, before."""
+    entries, config = weights.entries, weights.config
+    wanted = block_keys(stage, config)
+    missing = [key for key in wanted if not entries.keys() & {key, ema_name(key)}]
+    if 2 * len(missing) > len(wanted):
+        found = f"{len(wanted) - len(missing)} of the {len(wanted)} blocks"
+        raise KeysError(
+            f"{weights.path} holds {found} that the {stage} of {config.name} has; "
+            f"missing: {some(missing)}"
+        )
+
+
+def block_keys(stage: str, config: ModelConfig) -> list[str]:
+    """The official key of one weight of each block of a stage."""
+    if stage == "text":
+        layers = [f"encoder.layers.{n}.mlp.fc1" for n in range(config.text.num_layers)]
+    else:
+        names = unet_names(config.unet) if stage == "unet" else vae_names(config.vae)
+        layers = [theirs for ours, theirs in names.items() if ours.endswith(".conv1")]
+    return [f"{PREFIXES[stage]}{layer}.weight" for layer in layers]
+
+
 def same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether two shapes agree but for ones at the end: a 1x1 convolution is a linear layer, and
     files hold the autoencoder's attention as either."""
@@ -136,9 +157,11 @@ def takes_ema(weights: Weights, official: Iterable[str], ema: Ema) -> bool:
         MissingPartsError: they were asked for, and are not (or not all) there.
     """
     needed = {ema_name(key) for key in official}
-    there = needed & weights.entries.keys()
-    if ema is True and there != needed:
+    missing = sorted(needed - weights.entries.keys())
+    if ema is True and missing:
+        count = len(needed) - len(missing)
+        which = f"; missing: {some(missing)}" if count else ""
         raise MissingPartsError(
-            f"{weights.path} has {len(there)} of {len(needed)} EMA weights: leave ema at 'auto'"
+            f"{weights.path} has {count} of {len(needed)} EMA weights: leave ema at 'auto'{which}"
         )
-    return ema is not False and there == needed
+    return ema is not False and not missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ldm.checkpoints.diffusers.configs import LOADS, folder_config, part_stages
 from ldm.checkpoints.diffusers.names import PART_OF, official_keys
 from ldm.checkpoints.entries import DIFFUSERS_FOLDER, Archive, Entry
 from ldm.checkpoints.families import is_sd_v1, other_family
+from ldm.checkpoints.noise import own_schedule, predictions
 from ldm.checkpoints.spellings import official_name, stages_in
 from ldm.config import SD_V1, ModelConfig
 from ldm.errors import ConfigError, FamilyError, KeysError, some
@@ -23,12 +25,16 @@ class Weights:
     Attributes:
         archive: what the file or folder holds, by its own keys.
         entries: the same, by official keys; what has none keeps its own.
-        config: of the model that it belongs to.
+        config: of the model that it belongs to, with the file's own noise schedule.
+        schedule: what is to be said of that; empty where it is the config's anyway.
+        predictions: what the UNet predicts, by each who says so (`noise.predictions`).
     """
 
     archive: Archive
     entries: Mapping[str, Entry]
     config: ModelConfig
+    schedule: str
+    predictions: Mapping[str, str]
 
     @property
     def path(self) -> Path:
@@ -47,7 +53,8 @@ def recognise(
 
     Args:
         config: the model's. Without it the file's own counts, then `default`, and then Stable
-            Diffusion v1's, if the weights have its width.
+            Diffusion v1's, if the weights have its width. The noise schedule is the file's own in
+            any case: its tables, where they are not those of the config.
 
     Raises:
         FamilyError: it is another kind of model.
@@ -57,8 +64,17 @@ def recognise(
         KeysError: two keys mean one weight.
     """
     stored = own_config(archive)
-    entries = official_entries(archive, stored)
-    config = config or stored or default
+    return understood(archive, official_entries(archive, stored), config or stored or default)
+
+
+def understood(
+    archive: Archive, entries: Mapping[str, Entry], config: ModelConfig | None
+) -> Weights:
+    """The second half of `recognise`: an archive whose official keys, and config if any, are known.
+
+    Raises:
+        FamilyError, ConfigError: as `recognise`.
+    """
     if other := other_family(entries, config or SD_V1):
         raise FamilyError(f"{archive.path} is {other}; {LOADS}")
     if config is None and stages_in(entries) and not is_sd_v1(entries):
@@ -66,7 +82,10 @@ def recognise(
             f"{archive.path} is not as wide as Stable Diffusion v1, and brings no config: "
             "pass its config"
         )
-    return Weights(archive, entries, config or SD_V1)
+    config = config or SD_V1
+    schedule, told = own_schedule(entries, config.schedule)
+    config = dataclasses.replace(config, schedule=schedule)
+    return Weights(archive, entries, config, told, predictions(archive, entries, schedule))
 
 
 def own_config(archive: Archive) -> ModelConfig | None:

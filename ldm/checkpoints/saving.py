@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.keys import POSITION_IDS, key_map, schedule_entries
-from ldm.checkpoints.tokenizer_files import check_beside, tokenizer_beside, write_tokenizer
+from ldm.checkpoints.tokenizer_files import check_beside, tokenizer_beside, tokenizer_written
 from ldm.config import ModelConfig
 from ldm.files import check_writable, written_whole
 from ldm.text import CLIPTextEncoder
@@ -30,9 +31,9 @@ def save_model(
     path, tokenizer = Path(path), text.require_tokenizer()
     check_writable(path)
     check_beside(path, tokenizer)
-    save_checkpoint(path, unet=unet, vae=vae, text=text, config=config)
-    if tokenizer_beside(path) is None:
-        write_tokenizer(tokenizer, path.parent)
+    has_one = tokenizer_beside(path) is not None
+    with contextlib.nullcontext() if has_one else tokenizer_written(tokenizer, path.parent):
+        save_checkpoint(path, unet=unet, vae=vae, text=text, config=config)
 
 
 def save_checkpoint(

@@ -6,6 +6,7 @@ part of one, whose keys then often lack the beginning that says which part it is
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -33,12 +34,39 @@ SPELLINGS = {
 }
 
 
+# The middle of the autoencoder attends as the UNet does, and so some name its layers; a widespread
+# converter has put "to_" before names that had it. Others kept the names of diffusers, old or new.
+VAE_ATTENTION = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "to_out.0": "proj_out",
+    "to_to_out.0": "proj_out",
+    "group_norm": "norm",
+    **{f"{to}{name}": name for to in ("to_", "to_to_") for name in ("q", "k", "v")},
+}
+# What PyTorch's wrappers put into the names of all that is in them: of data parallelism (`module`),
+# compilation, sharding and recomputation.
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
 def official_name(key: str) -> str:
-    """The official spelling of a key; one that means no weight stays as it is."""
-    if not is_ignored(key):
-        for found, official in SPELLINGS.items():
-            if key.startswith(found):
-                return official + key.removeprefix(found)
+    """The official spelling of a key; one that means no weight stays as it is, but for the names of
+    wrappers."""
+    key = WRAPPERS.sub("", key)
+    if is_ignored(key):
+        return key.replace("_orig_mod", "") if key.startswith(EMA) else key
+    for found, official in SPELLINGS.items():
+        if key.startswith(found):
+            key = official + key.removeprefix(found)
+            break
+    block, attention, rest = key.partition(".mid.attn_1.")
+    layer, _, kind = rest.rpartition(".")
+    if block.startswith(VAE) and layer in VAE_ATTENTION:
+        return f"{block}{attention}{VAE_ATTENTION[layer]}.{kind}"
     return key
 
 
@@ -73,6 +101,10 @@ IGNORED = (
     "embedding_manager.",
     "denoiser.sigmas",
     "denoiser.log_sigmas",
+    # markers of what the UNet predicts, and so read before (`ldm.checkpoints.noise`)
+    "v_pred",
+    "ztsnr",
+    "edm_vpred.",
     # of CLIP, beside its text encoder
     "vision_model.",
     "visual_projection.",

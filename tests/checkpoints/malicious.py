@@ -56,6 +56,16 @@ def call(function: bytes, *arguments: bytes) -> bytes:
     return function + group(*arguments) + pickle.REDUCE
 
 
+def inst(module: str, attribute: str, *arguments: bytes) -> bytes:
+    """An object of an old class, as protocol 0 makes it: INST imports and calls at once."""
+    return pickle.MARK + b"".join(arguments) + pickle.INST + f"{module}\n{attribute}\n".encode()
+
+
+def obj(cls: bytes, *arguments: bytes) -> bytes:
+    """The same in later protocols: the class lies on the stack, below its arguments."""
+    return pickle.MARK + cls + b"".join(arguments) + pickle.OBJ
+
+
 def storage(kind: str = "FloatStorage", key: str = "0", numel: int = 2) -> bytes:
     """What PyTorch has in the place of a storage, whose bytes are elsewhere in the file."""
     parts = (text("storage"), name("torch", kind), text(key), text("cpu"), number(numel))
@@ -157,12 +167,11 @@ def by_import_and_getattr(marker: Path) -> bytes:
 
 
 def by_inst(marker: Path) -> bytes:
-    """INST: an instruction of protocol 0 that imports and calls at once."""
-    return pickle.MARK + command(marker) + pickle.INST + b"os\nsystem\n"
+    return inst("os", "system", command(marker))
 
 
 def by_obj(marker: Path) -> bytes:
-    return pickle.MARK + name("os", "system") + command(marker) + pickle.OBJ
+    return obj(name("os", "system"), command(marker))
 
 
 def by_newobj(marker: Path) -> bytes:

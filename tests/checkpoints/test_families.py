@@ -40,6 +40,31 @@ FAMILIES = {
     "Stable Diffusion 3": entries(model__diffusion_model__joint_blocks__0__w=(1,)),
     "Flux": entries(double_blocks__0__img_attn__qkv__weight=(1,)),
     "Stable Diffusion 2": entries(cond_stage_model__model__ln_final__weight=(1024,)),
+    "a latent consistency model": entries(
+        model__diffusion_model__time_embed__cond_proj__weight=(320, 256)
+    ),
+    "a latent consistency model ": entries(
+        time_embedding__cond_proj__weight=(320, 256), down_blocks__0__w=(1,)
+    ),
+    "a control-LoRA": {
+        "lora_controlnet": (0,),
+        official_name("input_blocks.1.0.in_layers.2.up"): (320, 64),
+    },
+    "a ControlNet ": entries(controlnet_mid_block__bias=(1,), down_blocks__0__w=(1,)),
+    "a ControlNet  ": entries(zero_convs__0__0__weight=(320, 320, 1, 1)),
+    "a ControlNet-LLLite": {"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": (64, 320)},
+    "a motion module": {"down_blocks.0.motion_modules.0.temporal_transformer.norm.bias": (320,)},
+    "a motion module ": {"temporal_transformer.proj_in.weight": (320, 320)},
+    "an IP-Adapter": {"image_proj.proj.weight": (3072, 1024), "ip_adapter.1.to_k_ip.weight": (1,)},
+    "an IP-Adapter ": {"ip_adapter.0.to_q_lora.down.weight": (128, 320)},
+    "a T2I-Adapter": {"adapter.body.0.resnets.0.block1.weight": (320, 320, 3, 3)},
+    "a T2I-Adapter ": {"body.0.block1.weight": (320, 320, 3, 3), "conv_in.bias": (320,)},
+    "an OFT": {"oft_unet_down_blocks_0_attentions_0_proj_in.oft_blocks": (4, 80, 80)},
+    "an OFT ": {"lora_unet_mid_block.oft_diag": (4, 80, 80)},
+    "a LoHa": {"lora_unet_mid_block.hada_w1_a": (4, 80)},
+    "a LoKr": {"lora_unet_mid_block.lokr_w1": (4, 80)},
+    "a textual inversion ": {"<cat-toy>": (768,)},
+    "a textual inversion  ": {"clip_l": (2, 768), "clip_g": (2, 1280)},
     "a part of a diffusers folder": entries(down_blocks__0__resnets__0__conv1__weight=(1,)),
     "a LoRA": entries(lora_unet_down_blocks_0_attentions_0__lora_down__weight=(4, 320)),
     "a textual inversion": entries(emb_params=(2, 768)),
@@ -56,7 +81,19 @@ FAMILIES = {
 @pytest.mark.parametrize("name, found", FAMILIES.items())
 def test_other_families_are_named(name: str, found) -> None:
     found = {k: entries(a=s)["a"] if isinstance(s, tuple) else s for k, s in found.items()}
-    assert (other_family(found) or "").startswith(name)
+    assert (other_family(found) or "").startswith(name.strip())
+
+
+def test_additions_are_said_to_be_that() -> None:
+    for key in ("body.0.block1.weight", "ip_adapter.1.to_k_ip.weight", "<word>"):
+        found = other_family({key: entries(a=(768,))["a"]}) or ""
+        assert found.endswith(", an addition to a model")
+
+
+def test_a_few_tensors_of_another_width_are_no_textual_inversion() -> None:
+    for shape in ((700,), (), (1, 1, 768)):
+        assert other_family({"a": entries(a=shape)["a"]}) is None
+    assert other_family(entries(**{f"a{n}": (768,) for n in range(9)})) is None
 
 
 def test_the_parts_of_a_diffusers_autoencoder_are_named() -> None:

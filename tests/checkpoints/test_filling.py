@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import struct
 import subprocess
 import sys
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,10 +22,13 @@ from ldm.config import SD_V1
 from ldm.errors import (
     HalfOverflowError,
     NonFiniteError,
+    UnreadableError,
 )
-from tests.checkpoints.helpers import UNET_KEY, VAE_KEY
+from ldm.unet import UNet
+from tests.checkpoints.helpers import LOADERS, UNET_KEY, VAE_KEY
 from tests.helpers import (
     CONTAINERS,
+    STAGES,
     Tensors,
     assert_filled,
     tiny_config,
@@ -48,6 +54,58 @@ def test_a_number_that_is_none_is_found_and_named(tmp_path, container, value, ki
     assert_filled(load_vae(path, config=tiny_config()), tensors)  # which holds none of it
 
 
+def flipped(path: Path, record: str) -> None:
+    """Change one bit of the last byte of a record of a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(record)
+    data = bytearray(path.read_bytes())
+    name_length, padding = struct.unpack_from("<HH", data, info.header_offset + 26)
+    start = info.header_offset + 30 + name_length + padding
+    data[start + info.file_size - 1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_byte_that_is_not_the_one_that_was_written_is_found_and_named(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A zip archive has a checksum of each record: here one bit of one weight is another."""
+    keys = [UNET_KEY, VAE_KEY, "more"]  # so that the storages' names are known
+    tensors = {key: tiny_tensors().get(key, torch.ones(3)) for key in keys} | tiny_tensors()
+    path = write_weights(tmp_path / "file.ckpt", tensors, "torch zip pickle")
+    flipped(path, "file/data/0")
+    told = f"{path}: {UNET_KEY} is damaged: the record file/data/0 does not have its checksum"
+    with pytest.raises(UnreadableError, match=re.escape(told)):
+        load_unet(path, config=tiny_config(), dtype=dtype)
+    assert_filled(load_vae(path, config=tiny_config()), tensors)  # which holds none of it
+    damaged = load_unet(path, config=tiny_config(), dtype=dtype, check=False)
+    assert isinstance(damaged, UNet)
+
+
+def test_a_damaged_list_of_tensors_is_found_too(tmp_path: Path) -> None:
+    """Where the pickle can still be read: another strip of numbers could be taken for a weight."""
+    content = {"state_dict": tiny_tensors(), "note": "x" * 999}
+    path = write_weights(tmp_path / "file.ckpt", content, "torch zip pickle")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"x" * 999, b"x" * 998 + b"y"))
+    load_vae(path, config=tiny_config(), check=False)
+    with pytest.raises(UnreadableError, match=r"record file/data\.pkl does not have its checksum"):
+        load_vae(path, config=tiny_config())
+
+
+def test_an_archive_without_checksums_is_read(tmp_path: Path) -> None:
+    """As torch writes it when it is told to be quick."""
+    path, tensors = tmp_path / "file.ckpt", tiny_tensors()
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_weights(path, tensors, "torch zip pickle")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert {info.CRC for info in archive.infolist()} == {0}
+    assert_filled(load_vae(path, config=tiny_config()), tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_without_the_check_no_number_is_looked_at(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = tiny_tensors()
@@ -55,6 +113,28 @@ def test_without_the_check_no_number_is_looked_at(tmp_path: Path, dtype: torch.d
     path = write_weights(tmp_path / "file", tensors, config=tiny_config())
     unet = load_unet(path, dtype=dtype, check=False)
     assert sum(bool(weight.isnan().all()) for weight in unet.parameters()) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_come_without_gradients_unless_they_are_to_be_trained(
+    tmp_path: Path, stage: str
+) -> None:
+    path = write_weights(tmp_path / "file", tiny_tensors(), config=tiny_config())
+    load = LOADERS[stage]
+    assert not any(weight.requires_grad for weight in load(path).parameters())
+    model = load(path, trainable=True)
+    assert all(weight.requires_grad for weight in model.parameters())
+    # What is trained lies on a private mapping: the file stays what it was.
+    before = path.read_bytes()
+    sum(weight.square().sum() for weight in model.parameters()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert path.read_bytes() == before
+
+
+def test_what_a_loaded_stage_says_is_a_plain_array_at_once(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "file", tiny_tensors(), config=tiny_config())
+    x, t, context = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 24)
+    assert load_unet(path)(x, t, context).numpy().shape == (1, 4, 8, 8)
 
 
 def test_weights_that_need_not_change_stay_on_the_mapped_file(tmp_path: Path) -> None:
@@ -140,7 +220,7 @@ def peak_over_fp32(path: Path, dtype: str) -> float:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
-    model = empty_stage("unet", LARGE, Path())
+    model = empty_stage("unet", LARGE)
     state = model.state_dict()
     shapes = {official: state[ours].shape for ours, official in key_map(model).items()}
     numel = sum(shape.numel() for shape in shapes.values())

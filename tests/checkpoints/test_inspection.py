@@ -18,11 +18,11 @@ import ldm
 from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.diffusers.writing import save_folder
 from ldm.checkpoints.download import known_files
-from ldm.checkpoints.inspection import known_as
+from ldm.checkpoints.inspection import known_as, text_shapes
 from ldm.checkpoints.keys import key_map
 from ldm.checkpoints.stages import empty_stage
 from ldm.config import SD_V1
-from ldm.errors import FamilyError, UnreadableError
+from ldm.errors import CheckpointError, ConfigError, FamilyError, UnreadableError
 from tests.helpers import (
     CONTAINERS,
     STAGES,
@@ -51,7 +51,9 @@ def test_a_file_of_ours(tmp_path: Path) -> None:
         container="safetensors",
         family="tiny",
         loads=True,
+        refused="",
         known_as=(),
+        schedule="",
         stages=COUNTS,
         missing=(),
         dtypes={"float32": sum(COUNTS.values())},
@@ -70,7 +72,7 @@ def sd_v1_shapes(folder: Path, stages=STAGES) -> Path:
     header: dict[str, object] = {}
     end = 0
     for stage in stages:
-        model = empty_stage(stage, SD_V1, folder)
+        model = empty_stage(stage, SD_V1)
         tensors = model.state_dict()
         for ours, official in key_map(model).items():
             shape, start = list(tensors[ours].shape), end
@@ -88,7 +90,7 @@ def test_stable_diffusion_is_recognised_at_full_size(tmp_path: Path) -> None:
     path = sd_v1_shapes(tmp_path)
     assert path.stat().st_size > 4e9
     found = ldm.inspect(path)
-    assert (found.family, found.loads) == ("Stable Diffusion v1", True)
+    assert (found.family, found.refused) == ("Stable Diffusion v1", "")
     assert found.stages == {"unet": 686, "vae": 248, "text": 196}
     assert not found.missing and not found.unknown
 
@@ -128,8 +130,8 @@ def test_a_training_run(tmp_path: Path, container: str) -> None:
     tensors["model.diffusion_model.colour.weight"] = torch.ones(1).half()
     path = write_training_run(tmp_path / "last.ckpt", tensors, container)
     found = ldm.inspect(path)
-    assert found.container == container and found.loads
-    assert "pass its config" in found.family
+    assert found.container == container and not found.loads
+    assert "pass its config" in found.refused
     assert found.ema == COUNTS["unet"] + 2 and not found.takes_ema  # the odd weight has no mean
     assert found.ignored == {"callbacks": 1, "loss": 1, "optimizer_states": 9}
     assert found.unknown == ("colour",)
@@ -188,11 +190,55 @@ def test_another_family(tmp_path: Path) -> None:
     path = write_weights(tmp_path / "file", content)
     found = ldm.inspect(path)
     assert not found.loads and found.family.startswith("a LoRA")
-    assert "; ldm does not load it" in str(found)
-    with pytest.raises(FamilyError):
+    with pytest.raises(FamilyError) as caught:
         ldm.load_unet(path)
+    assert found.refused == str(caught.value) and f"refused  {caught.value}" in str(found)
     found = ldm.inspect(write_weights(path, {"fc.weight": torch.ones(2)}))
     assert (found.family, found.loads, found.stages) == ("unknown", False, {})
+
+
+SPOILED = {
+    "unet": {"model.diffusion_model.out.2.bias": torch.ones(5)},
+    "vae": {"first_stage_model.quant_conv.bias": torch.ones(8, dtype=torch.int8)},
+    "text": {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.ones(25)},
+    "text, quantised": {
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.ones(24).char()
+    },
+    "text, with more": {"cond_stage_model.transformer.text_model.colour.weight": torch.ones(1)},
+    "a stray": {"hypernetwork.bias": torch.ones(1)},
+    "v": {"v_pred": torch.ones(0)},
+}
+MISSING = {
+    "unet": "model.diffusion_model.out.2.bias",
+    "vae": "first_stage_model.decoder.mid.attn_1.q.weight",
+    "text": "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
+}
+
+
+@pytest.mark.parametrize("name", [*SPOILED, *(f"no {stage}" for stage in MISSING)])
+def test_what_will_not_load_is_not_said_to(tmp_path: Path, name: str) -> None:
+    missing = MISSING.get(name.removeprefix("no ")) if name.startswith("no ") else None
+    tensors = {k: v for k, v in tiny_tensors().items() if k != missing} | SPOILED.get(name, {})
+    path = write_weights(tmp_path / "file", tensors, config=tiny_config())
+    found = ldm.inspect(path)
+    with pytest.raises(CheckpointError) as caught:
+        ldm.load(path)
+    assert not found.loads and f"refused  {found.refused}" in str(found)
+    assert found.refused[:60] == str(caught.value)[:60]  # the keys, and sometimes their shapes
+
+
+@pytest.mark.parametrize("config", [tiny_config(), SD_V1], ids=lambda config: config.name)
+def test_the_text_encoder_is_known_without_building_it(config) -> None:
+    model = empty_stage("text", config)
+    shapes = {f"transformer.{key}": shape for key, shape in text_shapes(config.text).items()}
+    assert shapes == {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def test_a_noise_schedule_of_its_own_is_told(tmp_path: Path) -> None:
+    tensors = tiny_tensors() | {"betas": torch.linspace(1e-4, 2e-2, 1000)}
+    found = ldm.inspect(write_weights(tmp_path / "file", tensors, config=tiny_config()))
+    assert found.schedule == "its own noise schedule: 1000 betas from 0.0001 to 0.02"
+    assert found.loads and f"schedule  {found.schedule}" in str(found)
 
 
 def test_a_file_that_is_published_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,4 +290,9 @@ def test_an_absurd_config_takes_no_time(tmp_path: Path) -> None:
     absurd["text"]["num_layers"] = 2**20
     path = tmp_path / "file"
     save_file(tiny_tensors(), path, metadata={"ldm": json.dumps(absurd)})
-    assert ldm.inspect(path).stages == COUNTS
+    with pytest.raises(ConfigError, match="num_res_blocks must be a whole number from 1 to 16"):
+        ldm.inspect(path)
+    absurd["unet"]["num_res_blocks"] = absurd["vae"]["num_res_blocks"] = 16
+    absurd["text"]["num_layers"] = 64
+    save_file(tiny_tensors(), path, metadata={"ldm": json.dumps(absurd)})
+    assert "blocks that the unet of tiny has" in ldm.inspect(path).refused

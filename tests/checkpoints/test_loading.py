@@ -33,6 +33,7 @@ from tests.helpers import (
     STAGES,
     Tensors,
     assert_filled,
+    random_stage,
     tiny_config,
     tiny_model,
     tiny_tensors,
@@ -160,6 +161,17 @@ def linear_attention(tensors: Tensors) -> Tensors:
     return tensors | linear
 
 
+def as_diffusers_attention(key: str) -> str:
+    for official, other in {
+        "q": "to_to_q",
+        "k": "to_k",
+        "v": "value",
+        "proj_out": "to_out.0",
+    }.items():
+        key = key.replace(f".attn_1.{official}.", f".attn_1.{other}.")
+    return key
+
+
 # Nothing of this changes a weight, but for its precision.
 WILD = {
     "float16": lambda tensors: {k: v.half() for k, v in tensors.items()},  # the schedule, too
@@ -172,6 +184,12 @@ WILD = {
     "int32 positions": positions_as(torch.int32),
     "no text_model.": lambda t: changed_keys(t, lambda key: key.replace("text_model.", "")),
     "linear attention": linear_attention,
+    "other attention": lambda t: changed_keys(t, as_diffusers_attention),
+    "data parallel": lambda t: changed_keys(t, lambda key: f"module.{key}"),
+    "compiled": lambda t: changed_keys(t, lambda key: f"_orig_mod.{key}"),
+    "a compiled UNet": lambda t: changed_keys(
+        t, lambda key: key.replace("diffusion_model.", "diffusion_model._orig_mod.")
+    ),
     "EMA, not asked for": with_ema,
     "of training": lambda t: (
         t
@@ -225,6 +243,15 @@ def test_a_stage_in_a_file_of_its_own(tmp_path: Path, stage, prefix, container) 
         assert "pass vae= and text=: a file" in told
     else:
         assert "load a file with a unet, and pass this one beside it" in told
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_one_part_of_a_folder_is_said_to_be_one(tmp_path: Path, part: str) -> None:
+    models = {stage: random_stage(stage, tiny_config()) for stage in STAGES}
+    folder = tmp_path / "tiny"
+    save_folder(folder, config=tiny_config(), tokenizer=tiny_tokenizer(), **models)
+    with pytest.raises(MissingPartsError, match=f"one part of a diffusers folder; pass {folder}$"):
+        ldm.load(folder / part)
 
 
 # --- A whole model ---------------------------------------------------------------------------
@@ -327,5 +354,6 @@ def test_a_file_that_does_not_fit_is_told_before_a_tokenizer_is_fetched(
 def test_every_error_of_a_file_is_a_checkpoint_error() -> None:
     named = vars(ldm.errors).items()
     errors = [error for name, error in named if name.endswith("Error")]
+    errors.remove(ldm.errors.DivergedError)  # of a run, not of a file
     assert len(errors) > 10 and all(issubclass(e, ldm.CheckpointError) for e in errors)
     assert issubclass(ldm.CheckpointError, ValueError)

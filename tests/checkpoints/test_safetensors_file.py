@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ldm.checkpoints import safetensors_file
 from ldm.checkpoints.opening import open_archive
-from ldm.checkpoints.safetensors_file import MAX_HEADER
+from ldm.checkpoints.safetensors_file import MAX_HEADER, MOST_ENTRIES
 from ldm.errors import (
     UnreadableError,
 )
@@ -56,7 +59,26 @@ BROKEN = {
     "an unknown type": {"a": tensor(dtype="Q4")},
     "deeply nested": b'{"a":' + b"[" * 100_000,
     "an endless number": b'{"a":' + b"9" * 10_000 + b"}",
+    "no metadata": {"__metadata__": None, "a": tensor()},
+    "a hole at the end": {"a": tensor(shape=(4, 5), offsets=(0, 80))},
+    "a type that is none": {"a": tensor(dtype=["F32"])},
+    "a shape of text": {"a": tensor(dtype="U8", shape="x" * 100)},
+    "two of one name": b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2),
+    "two objects": json.dumps({"a": tensor()}).encode() + b"{}",
+    "a comma at the end": json.dumps({"a": tensor()}).encode()[:-1] + b",}",
+    "no comma": json.dumps({"a": tensor()}).encode()[:-1] + b'"b":{}}',
+    "an entry that is a list": {"a": [tensor()]},
+    "a name that is a number": b"{3:%s}" % json.dumps(tensor()).encode(),
 }
+
+
+@pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
+def test_the_library_would_refuse_it_too(tmp_path: Path, header: object) -> None:
+    """But for what is only strange: the format forbids names that are there twice."""
+    path = with_header(tmp_path / "file", header)
+    if header not in (BROKEN["two of one name"], BROKEN["no metadata"]):
+        with pytest.raises(SafetensorError):
+            load_file(path)
 
 
 @pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
@@ -74,10 +96,50 @@ def test_whole_header_is_read(tmp_path: Path) -> None:
     assert archive.metadata == {"x": "y"}
 
 
-def test_header_that_would_take_gigabytes_of_objects_is_refused(tmp_path: Path) -> None:
-    lists = b'{"a":[' + b"[]," * (MAX_HEADER // 3) + b"[]]}"
-    path = with_header(tmp_path / "file", lists)
-    with pytest.raises(UnreadableError, match=f"has a header of {len(lists) + 8} bytes"):
+# What would become gigabytes of Python's objects.
+BURSTING = {
+    "lists": b'{"a":[' + b"[]," * 1_000_000 + b"[]]}",
+    "objects": b'{"a":' + b'{"a":' * 1_000_000 + b"}" * 1_000_000 + b"}",
+    "a long shape": b'{"a":{"dtype":"F32","shape":[' + b"1," * 1_000_000 + b"1]}}",
+}
+
+
+@pytest.mark.parametrize("header", BURSTING.values(), ids=BURSTING)
+def test_header_that_would_take_gigabytes_of_objects_is_refused(tmp_path: Path, header) -> None:
+    path = with_header(tmp_path / "file", header)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableError, match="has a broken safetensors header"):
+            open_archive(path)
+        assert tracemalloc.get_traced_memory()[1] < 64e6 + 8 * len(header)
+    finally:
+        tracemalloc.stop()
+
+
+def test_header_may_be_as_long_as_the_format_allows_and_no_longer(tmp_path: Path) -> None:
+    notes = "x" * 3_000_000
+    header = json.dumps({"__metadata__": {"notes": notes}, "a": tensor()}).encode() + b" " * 1000
+    archive = open_archive(with_header(tmp_path / "file", header))
+    assert archive.metadata == {"notes": notes} and list(archive.entries) == ["a"]
+    with (tmp_path / "file").open("wb") as file:
+        file.write(struct.pack("<Q", MAX_HEADER + 1) + b"{")
+        file.truncate(MAX_HEADER + 100)
+    with pytest.raises(UnreadableError, match="100,000,001 bytes: safetensors allows 100,000,000"):
+        open_archive(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "more", [{"b": tensor(shape=(0,), offsets=(0, 0))}, {"__metadata__": {"x": ""}}]
+)
+def test_entries_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more) -> None:
+    monkeypatch.setattr(safetensors_file, "MOST_ENTRIES", 3)
+    none = tensor(shape=(0,), offsets=(0, 0))
+    header = {"__metadata__": {"y": "z"}, "a": none}
+    assert list(open_archive(with_header(tmp_path / "file", header, b"")).entries) == ["a"]
+    for key, value in more.items():
+        header[key] = value | (header.get(key, {}) if key == "__metadata__" else {})
+    path = with_header(tmp_path / "file", header, b"")
+    with pytest.raises(UnreadableError, match="more than 3 entries"):
         open_archive(path)
 
 
@@ -85,4 +147,4 @@ def test_metadata_of_a_model_passes_the_bound() -> None:
     # The largest official file: 686 + 248 + 196 weights, as many means, two optimizer states each.
     keys = [f"model.diffusion_model.input_blocks.11.1.transformer_blocks.{n}" for n in range(4000)]
     header = save({key: torch.zeros(0) for key in keys})
-    assert len(header) < MAX_HEADER / 2
+    assert len(header) < MAX_HEADER / 2 and len(keys) < MOST_ENTRIES / 2

@@ -47,7 +47,18 @@ SPELLINGS = {
     "final_layer_norm.bias": TEXT + "final_layer_norm.bias",
     "encoder.layers.0.mlp.fc1.bias": TEXT + "encoder.layers.0.mlp.fc1.bias",
     "embeddings.position_ids": TEXT + "embeddings.position_ids",
+    # left by wrappers:
+    "module.model.diffusion_model.out.2.bias": "model.diffusion_model.out.2.bias",
+    "model.diffusion_model._orig_mod.out.2.bias": "model.diffusion_model.out.2.bias",
+    "_orig_mod.module.out.2.bias": "model.diffusion_model.out.2.bias",
+    "out._checkpoint_wrapped_module.2.bias": "model.diffusion_model.out.2.bias",
+    "_fsdp_wrapped_module.final_layer_norm.bias": TEXT + "final_layer_norm.bias",
+    "module.betas": "betas",
+    "model_ema.diffusion_model_orig_modout2bias": "model_ema.diffusion_modelout2bias",
     # not a weight's:
+    "modules.weight": "modules.weight",
+    "a_module.weight": "a_module.weight",
+    "decoder.mid.attn_1.colour": "first_stage_model.decoder.mid.attn_1.colour",
     "betas": "betas",
     "loss.discriminator.main.0.weight": "loss.discriminator.main.0.weight",
     "outer.weight": "outer.weight",
@@ -59,6 +70,25 @@ SPELLINGS = {
 @pytest.mark.parametrize("key, official", SPELLINGS.items())
 def test_spellings_of_keys(key: str, official: str) -> None:
     assert official_name(key) == official
+
+
+ATTENTION = {
+    "q": ("q", "to_q", "to_to_q", "query"),
+    "k": ("k", "to_k", "to_to_k", "key"),
+    "v": ("v", "to_v", "to_to_v", "value"),
+    "proj_out": ("proj_out", "to_out.0", "to_to_out.0", "proj_attn"),
+    "norm": ("norm", "group_norm"),
+}
+
+
+@pytest.mark.parametrize("official, spellings", ATTENTION.items())
+def test_spellings_of_the_autoencoders_attention(official: str, spellings) -> None:
+    for spelling in spellings:
+        for side in ("encoder", "decoder"):
+            for kind in ("weight", "bias"):
+                key = f"{side}.mid.attn_1.{spelling}.{kind}"
+                expected = f"{VAE}{side}.mid.attn_1.{official}.{kind}"
+                assert official_name(key) == official_name(VAE + key) == expected
 
 
 def test_official_keys_are_their_own_spelling_and_never_ignored() -> None:

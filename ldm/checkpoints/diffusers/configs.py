@@ -7,23 +7,20 @@ have no number for must hold what Stable Diffusion v1 has there.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints.config_json import said_of
 from ldm.checkpoints.diffusers.names import PART_OF
 from ldm.checkpoints.entries import Archive
 from ldm.checkpoints.families import OTHER_INPUTS
-from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER
+from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER, SCHEDULER_BESIDE
 from ldm.config import SD_V1, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.errors import FamilyError, MissingPartsError, UnreadableError
+from ldm.errors import NAME, FamilyError, MissingPartsError, UnreadableError, printable
 
 LOADS = "ldm loads Stable Diffusion v1 models"
-# A damaged number must not make us unroll names for hours.
-MOST_LAYERS = 100
-LARGEST = 2**20
 
 # What our classes have built in where diffusers' have a choice. An absent field is diffusers'
 # default, which is the same; of all other fields those that are null or false ask for nothing.
@@ -81,7 +78,6 @@ TEXT_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": 
 SCHEDULE_FIXED = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
-    "trained_betas": None,
 }
 
 VAE_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
@@ -92,7 +88,8 @@ CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 class ConfigFile:
     """One JSON file of a folder, and the questions that we ask it.
 
-    What no model can have is an UnreadableError; what another kind of model has, a FamilyError.
+    What no model can have is an UnreadableError; what another kind of model has, a FamilyError. The
+    ranges of numbers are our configs' to check.
     """
 
     path: Path
@@ -105,28 +102,28 @@ class ConfigFile:
             return value[0]
         return value
 
-    def whole(self, name: str, default: int, most: int = LARGEST) -> int:
-        """A field that is a whole number from 1 to `most`."""
+    def whole(self, name: str, default: int) -> int:
+        """A field that is a whole number."""
         value = self.get(name, default)
         if isinstance(value, list) and len(value) > 1:
             raise self.other(name, value, "one number")
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.unreadable(name, value, f"a whole number from 1 to {most}")
+        if type(value) is not int:
+            raise self.unreadable(name, value, "a whole number")
         return value
 
-    def positive(self, name: str, default: float) -> float:
-        """A field that is a positive number."""
+    def real(self, name: str, default: float) -> float:
+        """A field that is a number."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.unreadable(name, value, "a positive number")
-        return float(value)
+        if not isinstance(value, int | float):
+            raise self.unreadable(name, value, "a number")
+        return value
 
     def widths(self, default: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """`block_out_channels`: the width of the first level, and each level's multiple of it."""
         widths = self.fields.get("block_out_channels", list(default))
-        listed = isinstance(widths, list) and 1 <= len(widths) <= MOST_LAYERS
-        if not listed or not all(type(w) is int and 1 <= w <= LARGEST for w in widths):
-            raise self.unreadable("block_out_channels", widths, "a list of whole numbers")
+        listed = isinstance(widths, list) and widths
+        if not listed or not all(type(width) is int and width > 0 for width in widths):
+            raise self.unreadable("block_out_channels", widths, "a list of whole numbers above 0")
         if any(width % widths[0] for width in widths):
             raise self.other("block_out_channels", widths, "whole multiples of the first")
         return widths[0], tuple(width // widths[0] for width in widths)
@@ -176,11 +173,13 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
 
     Raises:
         FamilyError: our UNet cannot be this model.
-        UnreadableError: no model can be this.
+        UnreadableError, ConfigError: no model can be this.
     """
     file.check_class(CLASSES["unet"])
     in_channels, out_channels = file.whole("in_channels", 4), file.whole("out_channels", 4)
     context_dim = file.whole("cross_attention_dim", 1280)
+    if file.get("time_cond_proj_dim"):
+        raise file.family("a latent consistency model (LCM)")
     if added := file.get("addition_embed_type"):
         raise file.family(f"Stable Diffusion XL (addition_embed_type {added!r:.80})")
     if in_channels != out_channels:
@@ -195,19 +194,21 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
     down_types = file.strings("down_block_types", sd_v1_down)
     up_types = file.strings("up_block_types", sd_v1_up)
     model_channels, channel_mult = file.widths((320, 640, 1280, 1280))
-    config = UNetConfig(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        model_channels=model_channels,
-        channel_mult=channel_mult,
-        num_res_blocks=file.whole("layers_per_block", 2, MOST_LAYERS),
-        attention_levels=tuple(
-            level for level, name in enumerate(down_types) if name == "CrossAttnDownBlock2D"
-        ),
-        num_heads=file.whole("attention_head_dim", 8),  # so diffusers calls the number of heads
-        context_dim=context_dim,
-        norm_groups=file.whole("norm_num_groups", 32),
-    )
+    if len(down_types) != len(channel_mult):
+        raise file.other("down_block_types", down_types, f"{len(channel_mult)} types of levels")
+    attention = [n for n, name in enumerate(down_types) if name == "CrossAttnDownBlock2D"]
+    with said_of(file.path):
+        config = UNetConfig(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=file.whole("layers_per_block", 2),
+            attention_levels=tuple(attention),
+            num_heads=file.whole("attention_head_dim", 8),  # so diffusers calls their number
+            context_dim=context_dim,
+            norm_groups=file.whole("norm_num_groups", 32),
+        )
     down, up = unet_block_types(config)
     if down_types != down:
         raise file.other("down_block_types", down_types, "CrossAttnDownBlock2D or DownBlock2D")
@@ -231,15 +232,16 @@ def read_vae_config(file: ConfigFile) -> VAEConfig:
     for name, kind in VAE_BLOCKS.items():
         if (found := file.strings(name, [kind])) != [kind] * len(channel_mult):
             raise file.other(name, found, f"one {kind} per level")
-    return VAEConfig(
-        in_channels=in_channels,
-        latent_channels=file.whole("latent_channels", 4),
-        model_channels=model_channels,
-        channel_mult=channel_mult,
-        num_res_blocks=file.whole("layers_per_block", 1, MOST_LAYERS),
-        norm_groups=file.whole("norm_num_groups", 32),
-        scaling_factor=file.positive("scaling_factor", 0.18215),
-    )
+    with said_of(file.path):
+        return VAEConfig(
+            in_channels=in_channels,
+            latent_channels=file.whole("latent_channels", 4),
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=file.whole("layers_per_block", 1),
+            norm_groups=file.whole("norm_num_groups", 32),
+            scaling_factor=file.real("scaling_factor", 0.18215),
+        )
 
 
 def read_text_config(file: ConfigFile) -> TextConfig:
@@ -256,16 +258,17 @@ def read_text_config(file: ConfigFile) -> TextConfig:
     else:
         bos_token_id = file.whole("bos_token_id", 49406)
         eos_token_id = file.whole("eos_token_id", 49407)
-    return TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=file.whole("hidden_size", 512),
-        num_layers=file.whole("num_hidden_layers", 12, MOST_LAYERS),
-        num_heads=file.whole("num_attention_heads", 8),
-        mlp_size=file.whole("intermediate_size", 2048),
-        max_length=file.whole("max_position_embeddings", 77),
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-    )
+    with said_of(file.path):
+        return TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=file.whole("hidden_size", 512),
+            num_layers=file.whole("num_hidden_layers", 12),
+            num_heads=file.whole("num_attention_heads", 8),
+            mlp_size=file.whole("intermediate_size", 2048),
+            max_length=file.whole("max_position_embeddings", 77),
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+        )
 
 
 def read_schedule_config(file: ConfigFile) -> ScheduleConfig:
@@ -276,13 +279,24 @@ def read_schedule_config(file: ConfigFile) -> ScheduleConfig:
     if (kind := file.get("prediction_type", "epsilon")) == "v_prediction":
         raise file.family(f"a model that predicts v, as Stable Diffusion 2 does ({kind})")
     file.check_fixed(SCHEDULE_FIXED)
+    if (table := file.fields.get("trained_betas")) is not None:
+        return table_schedule(file, table)
     if (betas := file.get("beta_schedule", "linear")) != "scaled_linear":
         raise file.other("beta_schedule", betas, "'scaled_linear'")
-    return ScheduleConfig(
-        num_train_timesteps=file.whole("num_train_timesteps", 1000),
-        beta_start=file.positive("beta_start", 0.0001),
-        beta_end=file.positive("beta_end", 0.02),
-    )
+    with said_of(file.path):
+        return ScheduleConfig(
+            num_train_timesteps=file.whole("num_train_timesteps", 1000),
+            beta_start=file.real("beta_start", 0.0001),
+            beta_end=file.real("beta_end", 0.02),
+        )
+
+
+def table_schedule(file: ConfigFile, table: object) -> ScheduleConfig:
+    """`trained_betas`, the noise schedule as a table of its own."""
+    if not isinstance(table, list) or not table:
+        raise file.unreadable("trained_betas", table, "a list of numbers")
+    with said_of(file.path):
+        return ScheduleConfig(len(table), table[0], table[-1], tuple(table))
 
 
 def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
@@ -295,10 +309,11 @@ def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
     vae = read_vae_config(files["vae"]) if "vae" in files else SD_V1.vae
     text = read_text_config(files["text"]) if "text" in files else SD_V1.text
     schedule = read_schedule_config(files["schedule"]) if "schedule" in files else SD_V1.schedule
-    image_size = SD_V1.image_size
+    config = ModelConfig(SD_V1.name, SD_V1.image_size, unet, vae, text, schedule)
     if "unet" in files and files["unet"].get("sample_size") is not None:
-        image_size = files["unet"].whole("sample_size", 64) * vae.factor
-    config = ModelConfig(SD_V1.name, image_size, unet, vae, text, schedule)
+        with said_of(files["unet"].path):
+            image_size = files["unet"].whole("sample_size", 64) * vae.factor
+            config = dataclasses.replace(config, image_size=image_size)
     return config if config == SD_V1 else dataclasses.replace(config, name=name)
 
 
@@ -319,16 +334,16 @@ def folder_config(archive: Archive) -> ModelConfig:
     Raises:
         MissingPartsError: no part is there, or a part without its config.
         FamilyError: it is another kind of model.
-        UnreadableError: no model can be this.
+        UnreadableError, ConfigError: no model can be this.
     """
     stages = part_stages(archive)
     if not stages:
         told = ", ".join(f"{part}/{names[0]}" for part, names in PARTS.items())
         raise MissingPartsError(f"{archive.path} holds no model: it has none of {told}")
     files = {stage: part_config(archive, part) for part, stage in stages.items()}
-    if SCHEDULER in archive.documents:
-        files["schedule"] = config_file(archive, SCHEDULER)
-    return model_config(archive.path.resolve().name, files)
+    for name in {SCHEDULER, SCHEDULER_BESIDE} & archive.documents.keys():
+        files["schedule"] = config_file(archive, name)
+    return model_config(printable(archive.path.resolve().name, NAME), files)
 
 
 def part_stages(archive: Archive) -> dict[str, str]:

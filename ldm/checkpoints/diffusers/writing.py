@@ -174,7 +174,8 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "set_alpha_to_one": False,
             "steps_offset": 1,
             "timestep_spacing": "leading",
-        },
+        }
+        | ({} if schedule.betas is None else {"trained_betas": list(schedule.betas)}),
         "tokenizer/tokenizer_config.json": special
         | {"model_max_length": text.max_length, "tokenizer_class": "CLIPTokenizer"},
         "tokenizer/special_tokens_map.json": special,

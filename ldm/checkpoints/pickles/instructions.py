@@ -166,8 +166,7 @@ class Machine:
                 self.below.append(self.stack)
                 self.stack = []
             case pickle.TUPLE:
-                items = tuple(self.items())
-                self.stack.append(items)
+                self.push(tuple(self.items()))
             case pickle.APPEND:
                 item = self.stack.pop()
                 self.extend([item])
@@ -179,8 +178,7 @@ class Machine:
             case pickle.SETITEMS:
                 self.update(self.items())
             case pickle.FROZENSET:
-                frozen = self.items()
-                self.stack.append(frozen)
+                self.push(self.items())
             case pickle.POP:
                 self.stack.pop()
             case pickle.POP_MARK:
@@ -193,36 +191,41 @@ class Machine:
             case pickle.FRAME:  # a hint how much to read at once
                 self.number(UINT8)
             case pickle.INT:  # Python 2, where a number needs more than 32 bits
-                self.stack.append(self.decimal(self.line()))
+                self.push(self.decimal(self.line()))
             case pickle.GLOBAL:
-                self.stack.append(self.calls.name(self.line(), self.line()))
+                self.push(self.calls.name(self.line(), self.line()))
             case pickle.STACK_GLOBAL:
                 name, module = self.stack.pop(), self.stack.pop()
                 if not isinstance(module, bytes) or not isinstance(name, bytes):
                     raise Malformed
                 words = (word.decode("ascii", "backslashreplace") for word in (module, name))
-                self.stack.append(self.calls.name(*words))
+                self.push(self.calls.name(*words))
             case pickle.REDUCE | pickle.NEWOBJ:
                 args, function = self.stack.pop(), self.stack.pop()
-                self.stack.append(self.calls.call(function, args))
+                self.push(self.calls.call(function, args))
             case pickle.NEWOBJ_EX:
                 _, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
-                self.stack.append(self.calls.call(function, args))
+                self.push(self.calls.call(function, args))
             case pickle.OBJ:  # an old class of Python 2
                 function, *rest = self.items() or [None]
-                self.stack.append(self.calls.call(function, tuple(rest)))
+                self.push(self.calls.call(function, tuple(rest)))
             case pickle.INST:  # the same, in protocol 0
                 function = self.calls.name(self.line(), self.line())
-                self.stack.append(self.calls.call(function, tuple(self.items())))
+                self.push(self.calls.call(function, tuple(self.items())))
             case pickle.BUILD:  # attributes, such as a state dict's `_metadata`
                 state = self.stack.pop()
                 self.calls.check_dropped(self.stack[-1], state)
             case pickle.BINPERSID:
-                self.stack.append(self.calls.persistent(self.stack.pop()))
+                self.push(self.calls.persistent(self.stack.pop()))
             case _:
                 raise UnreadableError(f"holds a pickle with {code!r}, which PyTorch never writes")
 
     # What the instructions are made of.
+
+    def push(self, value: object) -> None:
+        """On top of the stack; of the one that is there once the value is made: `items` puts
+        another in its place."""
+        self.stack.append(value)
 
     def items(self) -> list[object]:
         """All above the last mark, taken off the stack."""

@@ -50,4 +50,4 @@ def read_torch_legacy(file: MappedFile) -> Archive:
                 )
             starts[key] = at + 8
             at += 8 + storages[key].nbytes
-        return archive_of(content, machine, LEGACY_PICKLE, starts)
+        return archive_of(content, machine, LEGACY_PICKLE, starts, {})

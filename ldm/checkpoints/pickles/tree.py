@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 
-from ldm.checkpoints.entries import Archive, Entry, MappedFile, contiguous
+from ldm.checkpoints.entries import Archive, Entry, MappedFile, Record, contiguous
 from ldm.checkpoints.pickles.instructions import Machine
 from ldm.checkpoints.pickles.limits import DEPTH, NAME, VISIT, Purse
 from ldm.checkpoints.pickles.values import ENDLESS, Dict, View, key_text
@@ -33,9 +33,14 @@ def keyed_views(
 
 
 def archive_of(
-    content: object, machine: Machine, container: str, starts: Mapping[str, int]
+    content: object,
+    machine: Machine,
+    container: str,
+    starts: Mapping[str, int],
+    records: Mapping[str, tuple[Record, ...]],
 ) -> Archive:
-    """What came out of a machine, as an archive, given the place of every storage's first byte.
+    """What came out of a machine, as an archive, given the place of every storage's first byte, and
+    the records that each storage's tensors are read from, where those have checksums.
 
     A tensor's key is its way from the root, joined with dots (`optimizer_states.0.exp_avg`). A dict
     called `state_dict` at the root, or in one that is, adds nothing to the key: so weights have the
@@ -48,7 +53,9 @@ def archive_of(
         if id(view) not in made:
             offset = starts[view.storage.key] + view.offset * view.dtype.itemsize
             stride = None if view.stride == contiguous(view.shape) else view.stride
-            made[id(view)] = Entry(machine.file, offset, view.dtype, view.shape, stride)
+            origin = records.get(view.storage.key, ())
+            place = (machine.file, offset, view.dtype, view.shape, stride, origin)
+            made[id(view)] = Entry(*place)
         if entries.setdefault(key, made[id(view)]) is not made[id(view)]:
             raise UnreadableError(f"holds two tensors under the key {key!r}")
     if calls.num_views and not entries:

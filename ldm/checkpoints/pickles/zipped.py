@@ -5,10 +5,9 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from struct import Struct
 
-from ldm.checkpoints.entries import ZIP_PICKLE, Archive, MappedFile
+from ldm.checkpoints.entries import ZIP_PICKLE, Archive, MappedFile, Record
 from ldm.checkpoints.pickles.instructions import Machine, cut_off
 from ldm.checkpoints.pickles.limits import DIRECTORY, Purse
 from ldm.checkpoints.pickles.tree import archive_of, naming
@@ -19,17 +18,11 @@ END = Struct("<4s18x")  # a signature, numbers, and then a comment
 END_SIGNATURE, MAX_COMMENT = b"PK\x05\x06", 65535
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A record of a zip archive: where its bytes are, which must be stored as they are."""
-
-    start: int
-    size: int
-
-
 def read_torch_zip(file: MappedFile) -> Archive:
     """What is in a checkpoint as PyTorch writes it since 1.6: a zip archive with, in one folder,
-    the content as a pickle (`data.pkl`), each storage's bytes (`data/<key>`), and notes.
+    the content as a pickle (`data.pkl`), each storage's bytes (`data/<key>`), and notes. Of each
+    the archive has a checksum, for whoever reads the tensors (`Entry.records`): to compare it takes
+    a look at every byte.
 
     Raises:
         UnreadableError: this is no such file, or a damaged one.
@@ -46,7 +39,7 @@ def read_torch_zip(file: MappedFile) -> Archive:
         program = records[f"{folder}/data.pkl"]
         machine = Machine(file, program.start, program.start + program.size, Purse())
         content = machine.load()
-        starts = {}
+        found = {}
         for key, storage in machine.calls.storages.items():
             record = records.get(f"{folder}/data/{key}")
             if record is None:
@@ -55,8 +48,10 @@ def read_torch_zip(file: MappedFile) -> Archive:
                 raise UnreadableError(
                     f"has {record.size} bytes in data/{key}, whose tensors need {storage.nbytes}"
                 )
-            starts[key] = record.start
-        return archive_of(content, machine, ZIP_PICKLE, starts)
+            found[key] = record
+        starts = {key: record.start for key, record in found.items()}
+        origins = {key: (program, record) for key, record in found.items()}
+        return archive_of(content, machine, ZIP_PICKLE, starts, origins)
 
 
 def zip_directory(file: MappedFile) -> tuple[list[zipfile.ZipInfo], int]:
@@ -140,5 +135,5 @@ def zip_records(
             raise UnreadableError(f"{said} lies outside of the file, or has no header")
         if name in records:
             raise UnreadableError(f"{said} is there twice")
-        records[name] = Record(start, info.file_size)
+        records[name] = Record(file, name, start, info.file_size, info.CRC)
     return records

@@ -15,8 +15,10 @@ from ldm.checkpoints.diffusers.names import (
     PART_OF,
 )
 from ldm.checkpoints.diffusers.writing import config_files
-from ldm.config import SD_V1, ModelConfig
-from ldm.errors import FamilyError, UnreadableError
+from ldm.checkpoints.opening import open_archive
+from ldm.checkpoints.recognise import recognise
+from ldm.config import SD_V1, ModelConfig, ScheduleConfig
+from ldm.errors import ConfigError, FamilyError, UnreadableError
 from tests.checkpoints.diffusers.helpers import (
     CONFIGS,
 )
@@ -199,7 +201,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "up": ("unet", {"up_block_types": ["UpBlock2D"] * 4}, "up_block_types"),
     "few-levels": ("unet", {"block_out_channels": [320, 640]}, "down_block_types"),
     "widths": ("unet", {"block_out_channels": [320, 480, 1280, 1280]}, "whole multiples"),
-    "lcm": ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256, not absent"),
+    "lcm": ("unet", {"time_cond_proj_dim": 256}, "a latent consistency model (LCM)"),
     "future": ("unet", {"a_field_of_the_future": 1}, "a_field_of_the_future is 1"),
     "oblong": ("unet", {"sample_size": [64, 96]}, "sample_size is"),
     "vae-class": ("vae", {"_class_name": "AutoencoderTiny"}, "of the class 'AutoencoderTiny'"),
@@ -213,7 +215,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sample": ("schedule", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
     "linear": ("schedule", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
     "zero-snr": ("schedule", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
-    "betas": ("schedule", {"trained_betas": [0.1, 0.2]}, "trained_betas is"),
 }
 
 
@@ -237,24 +238,16 @@ def test_a_scheduler_that_says_nothing_has_diffusers_default_and_is_refused() ->
     "stage, changes",
     [
         ("unet", {"in_channels": "4"}),
-        ("unet", {"in_channels": 0}),
         ("unet", {"in_channels": True}),
-        ("unet", {"layers_per_block": 10**4}),
         ("unet", {"layers_per_block": []}),
         ("unet", {"block_out_channels": []}),
         ("unet", {"block_out_channels": [0, 0]}),
         ("unet", {"block_out_channels": 320}),
-        ("unet", {"block_out_channels": [320] * 10**4}),
         ("unet", {"down_block_types": 5}),
         ("unet", {"down_block_types": [{}]}),
-        ("vae", {"scaling_factor": 0}),
-        ("vae", {"scaling_factor": float("nan")}),
         ("vae", {"latent_channels": None}),
-        ("vae", {"layers_per_block": 10**4}),
-        ("text", {"num_hidden_layers": 10**4}),
-        ("text", {"hidden_size": 2**60}),
         ("schedule", {"beta_start": "0.1"}),
-        ("schedule", {"num_train_timesteps": -1}),
+        ("schedule", {"trained_betas": 0.1}),
     ],
     ids=str,
 )
@@ -265,9 +258,62 @@ def test_what_no_model_can_be_is_unreadable(stage: str, changes: dict[str, Any])
 
 
 @pytest.mark.parametrize(
+    "stage, name, value, ours",
+    [
+        ("unet", "cross_attention_dim", 0, "UNetConfig.context_dim"),
+        ("unet", "layers_per_block", 10**4, "UNetConfig.num_res_blocks"),
+        ("unet", "attention_head_dim", 7, "UNetConfig.num_heads"),
+        ("unet", "norm_num_groups", 33, "UNetConfig.norm_groups"),
+        ("unet", "sample_size", 2**20, "ModelConfig.image_size"),
+        ("vae", "scaling_factor", 0, "VAEConfig.scaling_factor"),
+        ("vae", "scaling_factor", float("nan"), "VAEConfig.scaling_factor"),
+        ("vae", "scaling_factor", 10**400, "VAEConfig.scaling_factor"),
+        ("vae", "layers_per_block", 10**4, "VAEConfig.num_res_blocks"),
+        ("text", "num_hidden_layers", 10**4, "TextConfig.num_layers"),
+        ("text", "hidden_size", 2**60, "TextConfig.hidden_size"),
+        ("text", "num_attention_heads", 5, "TextConfig.num_heads"),
+        ("schedule", "num_train_timesteps", -1, "ScheduleConfig.num_train_timesteps"),
+        ("schedule", "beta_end", 1.5, "ScheduleConfig.beta_end"),
+        ("schedule", "trained_betas", [0.1, "0.2"], "ScheduleConfig.beta_end"),
+        ("schedule", "trained_betas", [0.1, 0.2, -1, 0.4], "ScheduleConfig.betas"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_as_by_our_config(
+    stage: str, name: str, value: Any, ours: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: {ours} must be"):
+        official_config(stage, **{name: value})
+
+
+def test_very_many_levels_are_refused_at_once() -> None:
+    many = {"block_out_channels": [320] * 10_000, "down_block_types": ["DownBlock2D"] * 10_000}
+    with pytest.raises(ConfigError, match=r"^config.json: UNetConfig.channel_mult must be"):
+        official_config("unet", **many)
+    many = {
+        "block_out_channels": [320] * 10_000,
+        "down_block_types": ["DownEncoderBlock2D"] * 10_000,
+        "up_block_types": ["UpDecoderBlock2D"] * 10_000,
+    }
+    with pytest.raises(ConfigError, match=r"^config.json: VAEConfig.channel_mult must be"):
+        official_config("vae", **many)
+
+
+def test_a_table_of_betas_is_a_schedule() -> None:
+    betas = (0.1, 0.2, 0.3)
+    schedule = official_config("schedule", trained_betas=list(betas)).schedule
+    assert schedule == ScheduleConfig(3, 0.1, 0.3, betas)
+
+
+def test_a_folder_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    """The model is called so, in letters that can be shown."""
+    odd = folder.rename(tmp_path / "a\x1b]0;b\n")
+    assert recognise(open_archive(odd)).config.name == r"a\x1b]0;b\n"
+
+
+@pytest.mark.parametrize(
     "config",
     [
-        dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, channel_mult=(2, 4))),
+        dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, channel_mult=(2, 4, 4, 4))),
         dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, in_channels=9)),
         dataclasses.replace(SD_V1, image_size=500),
     ],

@@ -233,6 +233,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[CheckpointError], str]] = 
     "no-config": (remove("unet/config.json"), MissingPartsError, "unet/config.json is missing"),
     "no-json": (write("vae/config.json", "{"), UnreadableError, "vae/config.json is not readable"),
     "deep-json": (write("vae/config.json", "[" * 10**5), UnreadableError, "is not readable JSON"),
+    "huge-json": (
+        write("vae/config.json", json.dumps({"a": [0] * 10**6})),
+        UnreadableError,
+        "has more than 2,000,000 bytes",
+    ),
     "list": (write("unet/config.json", "[]"), UnreadableError, "it holds no JSON object"),
     "binary": (write("unet/config.json", "\x00"), UnreadableError, "is not readable JSON"),
     "empty-weights": (write(UNET, ""), CheckpointError, "is empty"),

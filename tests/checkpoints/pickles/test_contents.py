@@ -23,10 +23,12 @@ from tests.checkpoints.malicious import (
     LEGACY_HEAD,
     call,
     group,
+    inst,
     legacy_sections,
     listed,
     name,
     number,
+    obj,
     storage,
     table,
     tensor,
@@ -377,6 +379,34 @@ def test_a_whole_model_is_refused_by_the_name_of_its_class(tmp_path: Path, conta
     data = save(nn.Linear(2, 3), tmp_path / "saved", container).read_bytes()
     said = refusal(data, container, tmp_path, UnsafePickleError)
     assert "inside of objects" in said and "torch.nn.modules.linear.Linear" in said
+
+
+NAMESPACE = ("argparse", "Namespace")
+OBJECTS = {  # ways in which an object can stand beside weights
+    "INST": lambda *arguments: inst(*NAMESPACE, *arguments),
+    "OBJ": lambda *arguments: obj(name(*NAMESPACE), *arguments),
+    "REDUCE": lambda *arguments: call(name(*NAMESPACE), *arguments),
+    "NEWOBJ": lambda *arguments: name(*NAMESPACE) + group(*arguments) + pickle.NEWOBJ,
+    "NEWOBJ_EX": lambda *arguments: (
+        name(*NAMESPACE) + group(*arguments) + pickle.EMPTY_DICT + pickle.NEWOBJ_EX
+    ),
+    "BUILD": lambda *arguments: call(name(*NAMESPACE)) + listed(*arguments) + pickle.BUILD,
+}
+
+
+@pytest.mark.parametrize("way", OBJECTS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_objects_beside_weights_take_none_with_them(
+    tmp_path: Path, container: str, way: str, count: int
+) -> None:
+    """Whichever instruction makes them, however many, with arguments or without."""
+    for arguments in ((), (number(1), text("a")), (OBJECTS[way](),)):
+        objects = {f"o{n}": OBJECTS[way](*arguments) for n in range(count)}
+        program = table(a=tensor(), **objects, w=table(b=OBJECTS[way](*arguments), c=tensor()))
+        pickled = read_bytes(CONTAINERS[container](program), container, tmp_path)
+        stored = torch.tensor([1.5, -2.5])
+        assert_same(pickled, {"a": stored, "w.c": stored})
+        assert pickled.stubs == ("argparse.Namespace",)
 
 
 def test_a_class_of_torch_that_is_called_is_a_stub(tmp_path: Path, container: str) -> None:

@@ -1,0 +1,123 @@
+"""What a file says of the noise, beside its weights: how much there is, and what the UNet predicts.
+
+Official files carry the noise schedule as tables, and other programs draw by those. Most are Stable
+Diffusion v1's, often rounded with the weights; where they are not, they count. What the UNet
+predicts is said in one of three places, or nowhere: then it is the noise, eps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.entries import Archive, Entry
+from ldm.config import BETAS, MOST_TIMESTEPS, ScheduleConfig
+from ldm.errors import ConfigError
+from ldm.schedule import exact_tables
+
+# --- The schedule ----------------------------------------------------------------------------
+
+CLOSE = 1 / 64
+"""How far, relatively, a copy may be from a table: bfloat16 rounds betas by 1/512, and their
+product gathers some of that. Schedules that differ do so by a third and more."""
+
+
+def own_schedule(
+    entries: Mapping[str, Entry], config: ScheduleConfig
+) -> tuple[ScheduleConfig, str]:
+    """The noise schedule of a file, and what is to be said of it: `config` itself and nothing, if
+    the file has no tables, or copies of those; else a table of its own. Tables that hold no
+    schedule do not count: programs that merge models leave zeros there.
+
+    Args:
+        entries: by official keys. Where both tables differ from the config's, samplers draw by
+            `alphas_cumprod`; but where `betas` say the same, they are the more precise.
+    """
+    known = dict(zip(("betas", "alphas_cumprod"), exact_tables(config), strict=True))
+    found = {name: entries[name] for name in known if name in entries}
+    tables = {n: read_table(entry) for n, entry in found.items() if not is_copy(entry, known[n])}
+    if not tables:
+        return config, ""
+    betas, alpha_bar = tables.get("betas"), tables.get("alphas_cumprod")
+    candidates = [] if betas is None else [betas]
+    if alpha_bar is not None:
+        agree = betas is not None and is_close(torch.cumprod(1 - betas, 0), alpha_bar)
+        candidates.insert(1 if agree else 0, betas_of(alpha_bar))
+    for numbers in (tuple(one.tolist()) for one in candidates if len(one)):
+        first, last = numbers[0], numbers[-1]
+        with contextlib.suppress(ConfigError):  # these cannot be betas
+            schedule = ScheduleConfig(len(numbers), first, last, numbers)
+            told = f"its own noise schedule: {len(numbers)} betas from {first:.3g} to {last:.3g}"
+            return schedule, told
+    return config, "its tables hold no noise schedule: the config's is used"
+
+
+def betas_of(alpha_bar: Tensor) -> Tensor:
+    """The betas whose cumulative product a table is. In half precision its first values are equal,
+    since all round to 1: those are taken for the least betas that there are."""
+    before = torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    return torch.where(alpha_bar == before, BETAS[0], 1 - alpha_bar / before)
+
+
+def is_copy(entry: Entry, table: Tensor) -> bool:
+    """Whether an entry holds a table, but for the rounding to whatever types it went through."""
+    return is_close(read_table(entry), table.to(entry.dtype).double())
+
+
+def is_close(found: Tensor, table: Tensor) -> bool:
+    """Whether two tables agree, relatively, at every timestep."""
+    return found.shape == table.shape and torch.allclose(found, table, rtol=CLOSE, atol=0)
+
+
+def read_table(entry: Entry) -> Tensor:
+    """The numbers of an entry, (T,) float64; none if that is no table of a schedule's size."""
+    is_row = len(entry.shape) == 1 and entry.shape[0] <= MOST_TIMESTEPS
+    if not is_row or not entry.dtype.is_floating_point:
+        return torch.empty(0, dtype=torch.float64)
+    return entry.map().double()
+
+
+# --- What the UNet predicts ------------------------------------------------------------------
+
+MARKERS = {"v_pred": "v", "ztsnr": "v", "edm_vpred.sigma_min": "v", "edm_vpred.sigma_max": "v"}
+"""Keys of tensors that say it by being there: key -> what is predicted."""
+SPELLINGS = {"epsilon": "eps", "v_prediction": "v", "v-prediction": "v", "velocity": "v"}
+# `parameterization: "v"`, as the training code of latent diffusion has it, and not in a comment.
+PARAMETERIZATION = re.compile(r"^[^#\n]*\bparameterization[\"']?\s*:\s*[\"']?(\w+)", re.MULTILINE)
+MOST_YAML = 2**20
+
+
+def predictions(
+    archive: Archive, entries: Mapping[str, Entry], schedule: ScheduleConfig
+) -> dict[str, str]:
+    """What the UNet of a file predicts, by each who says so: name -> "eps", "v", or another word.
+
+    Asked are tensors that are markers, the metadata of safetensors, a `.yaml` beside the file, and
+    the noise schedule: from pure noise, the noise says nothing of the picture. (A diffusers
+    folder's scheduler says it too: `ldm.checkpoints.diffusers.configs` asks that.)
+    """
+    said = {f"the tensor {key}": what for key, what in MARKERS.items() if key in entries}
+    if schedule.betas is not None and schedule.betas[-1] == 1:
+        said["its noise schedule, which ends in pure noise,"] = "v"
+    if what := archive.metadata.get("modelspec.prediction_type", "").strip().lower():
+        said["its metadata"] = what
+    if archive.metadata.get("ss_v_parameterization", "").strip().lower() == "true":
+        said["its metadata"] = "v"
+    for suffix in (".yaml", ".yml"):
+        beside = archive.path.with_suffix(suffix)
+        if archive.path.is_file() and beside.is_file() and (told := read_yaml(beside)):
+            said[beside.name] = told
+    return {who: SPELLINGS.get(what, what)[:80] for who, what in said.items()}
+
+
+def read_yaml(path: Path) -> str | None:
+    """What a config of the latent diffusion code says that the model predicts, if anything."""
+    with path.open("rb") as file:
+        text = file.read(MOST_YAML).decode("utf-8", errors="replace")
+    found = PARAMETERIZATION.search(text)
+    return None if found is None else found[1].lower()
