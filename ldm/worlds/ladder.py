@@ -33,7 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.pictures import to_levels
 from ldm.worlds import painting
+from ldm.worlds.batches import pictures
 from ldm.worlds.distribution import ATTRIBUTES, HOUSE_PROBABILITY, TRUNCATION, continuous
 from ldm.worlds.scenes import Scene
 
@@ -251,8 +253,7 @@ class Scenes:
             ValueError: the shape of the parameters is wrong, or a picture is below 8 pixels.
         """
         columns(parameters, self.names)
-        pixels = np.stack([np.asarray(as_scene(row).render(size)) for row in parameters])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return pictures([as_scene(row) for row in parameters], size)
 
     def log_prob(self, parameters: Tensor) -> Tensor:
         """See `World`: `scene_log_prob` of each."""
@@ -265,8 +266,7 @@ class Scenes:
         from ldm.worlds.reader import read
 
         rows = torch.full((len(pictures), len(self.names)), math.nan, dtype=torch.float64)
-        levels = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-        for row, picture in zip(rows, levels.cpu().numpy(), strict=True):
+        for row, picture in zip(rows, to_levels(pictures).cpu().numpy(), strict=True):
             seen = read(np.ascontiguousarray(picture))
             for place, (name, values) in enumerate(ATTRIBUTES.items()):
                 row[place] = values.index(seen[name])
