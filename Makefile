@@ -12,7 +12,7 @@ all: pictures attention notebooks docs
 
 # The README's own command, word for word, and the same prompts with four seeds each.
 README_COMMAND = sed -n '/^ldm generate \\$$/,/-o docs\/images\/horizon.png$$/p' README.md
-FOUR_EACH = sed 's/--grid --seed 100 -o .*/--num-images 4 --grid --seed 0 -o docs\/images\/horizon-grid.png/'
+FOUR_EACH = sed 's/--grid --no-captions --seed 100 -o .*/--num-images 4 --grid --no-captions --seed 0 -o docs\/images\/horizon-grid.png/'
 pictures:
 	( echo 'ldm() { $(LDM) "$$@"; }'; $(README_COMMAND); $(README_COMMAND) | $(FOUR_EACH) ) | sh -e
 

@@ -25,11 +25,14 @@ from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.observe.nonfinite import decoded, explained
+from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
 from ldm.samplers import SAMPLERS, Steps, draw_noise, guide, sample
 from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
 from ldm.speed.cpu import optimize, rest
+from ldm.speed.waiting import told_when_slow
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
@@ -246,6 +249,8 @@ class TextToImage:
 
         Raises:
             ValueError: at the call, for settings that this model cannot follow.
+            DivergedError: NaN, infinity or absurdly large numbers came up; one line says at which
+                step, and in which part of the model they begin (see `ldm.samplers.loop.sample`).
         """
         settings.check(self.config)
         preset, sampler = PRESETS[settings.like], SAMPLERS[settings.sampler]
@@ -266,10 +271,20 @@ class TextToImage:
             settings.guidance_scale,
             images_per_call=images_per_call,
         )
+        if self.device.type == "cpu":
+            eps_fn = told_when_slow(eps_fn)
         options = {name: getattr(settings, name) for name in sampler.options}
         rule = functools.partial(sampler.rule, **options)
         grid = settings.grid(self.config)
-        return sample(rule, eps_fn, x, grid, self.schedule, generators=generators)
+        steps = sample(rule, eps_fn, x, grid, self.schedule, generators=generators)
+        return explained(
+            steps,
+            text=self.text,
+            encode=lambda: self.context([*settings.prompts, settings.negative_prompt]),
+            unet=self.unet,
+            eps_fn=eps_fn,
+            guidance_scale=settings.guidance_scale,
+        )
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
@@ -284,35 +299,43 @@ class TextToImage:
     def decode(self, latents: Tensor) -> list[Image]:
         """Scaled latents (B, C, h, w), which stay as they are, to B PIL images.
 
-        One at a time: a batch would take as many times the memory.
-        """
-        from PIL import Image
+        One at a time: a batch would take as many times the memory. Where a decoder overflows in
+        float16 the picture is decoded once more in float32, with a warning.
 
+        Raises:
+            ValueError: latents are not (B, C, h, w).
+            DivergedError: they hold NaN, infinity or absurdly large numbers, or the picture does.
+        """
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must be (B, {channels}, h, w), not {tuple(latents.shape)}")
         if self.low_memory:
             rest(self.unet)
-        images = []
-        for z in latents.to(self.device, self.dtype).split(1):
-            y = self.vae.decode(z / self.vae.config.scaling_factor).float()[0]  # (3, H, W)
-            levels = ((y + 1) / 2).clamp(0, 1).mul(255).round().byte()
-            images.append(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()))
+        images: list[Image] = []
+        for y in decoded(self.vae, latents):  # (1, 3, H, W)
+            images += to_images(y)
         if self.low_memory:
             rest(self.vae)
         return images
 
     @torch.no_grad()
-    def encode(self, image: Image | Sequence[Image]) -> Tensor:
-        """PIL images of one size to scaled latents (B, C, h, w), the posterior's modes.
+    def encode(self, picture: Picture | Sequence[Picture]) -> Tensor:
+        """Pictures of one size to scaled latents (B, C, h, w), the posterior's modes.
+
+        Args:
+            picture: a PIL image, an array (H, W, 3) of uint8 or a path, or a list of them: what a
+                person sees of each is encoded (see `ldm.pictures.to_rgb`).
 
         Raises:
-            ValueError: a side is not a multiple of the VAE's factor.
+            FileNotFoundError: nothing is at a path.
+            ValueError: a picture cannot be read, they are not of one size, or a side is not a
+                multiple of the VAE's factor.
         """
-        import numpy as np
-
-        images = image if isinstance(image, Sequence) else [image]
-        for one in images:
-            latent_shape(self.config, one.height, one.width)
-        pixels = torch.from_numpy(np.stack([np.asarray(one.convert("RGB")) for one in images]))
-        x = pixels.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1  # (B, 3, H, W)
+        if isinstance(picture, str) or not isinstance(picture, Sequence):
+            picture = [picture]
+        levels = stack(picture)  # (B, H, W, 3)
+        latent_shape(self.config, levels.shape[1], levels.shape[2])
+        x = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
         return self.vae.encode(x).mode() * self.vae.config.scaling_factor
 
 
@@ -325,6 +348,7 @@ def load(
     ema: Ema = "auto",
     vae: str | Path | None = None,
     text: str | Path | None = None,
+    prediction: str | None = None,
     check: bool = True,
 ) -> TextToImage:
     """A whole model, ready to draw.
@@ -339,6 +363,8 @@ def load(
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
         vae, text: other files or folders, from which these stages come.
+        prediction: what the UNet predicts, where that is not what the file says, or says by
+            nothing: "eps", the noise. "v" is refused: ldm cannot draw by it yet.
         check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
 
     Raises:
@@ -350,6 +376,6 @@ def load(
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     sources = open_model(shipped_weights() if path is None else path, config, vae=vae, text=text)
-    plans = plan_stages(sources, ema)
+    plans = plan_stages(sources, ema, prediction)
     tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
     return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)

@@ -132,7 +132,9 @@ def check_preset(
     """
     if not isinstance(like, str | None) or like not in PRESETS:
         names = ", ".join(name for name in PRESETS if name is not None)
-        raise ValueError(f"unknown like={like!r}: there are {names}, and None for our own pictures")
+        raise ValueError(
+            f"unknown like={like!r:.80}: there are {names}, and None for our own pictures"
+        )
     preset = PRESETS[like]
     if sampler not in preset.samplers:
         there = ", ".join(preset.samplers)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.errors import printable
 from ldm.files import written_whole
 from ldm.settings import Settings
 from ldm.version import ldm_version
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "ldm"
+MAX_SCALE = 64  # a latent of Stable Diffusion's as a square of 512 pixels
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Recipe:
         ema: which of two sets of weights was asked for: "auto", "yes" or "no".
         device, dtype: where it was drawn, and in what precision.
         versions: of ldm, torch, transformers and Python.
+        scale: how many times as wide and high the picture is shown as it was drawn.
+        captions: whether its sheet says under each picture what differs.
     """
 
     settings: Settings
@@ -41,6 +47,8 @@ class Recipe:
     device: str
     dtype: str
     versions: Mapping[str, str]
+    scale: int = 1
+    captions: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them; `Recipe.from_dict` turns them back."""
@@ -53,16 +61,26 @@ class Recipe:
         Raises:
             ValueError: there are other fields, or one is of another type.
         """
-        names = cls.__dataclass_fields__
-        if not isinstance(fields, Mapping) or fields.keys() != names.keys():
-            raise ValueError(f"a recipe has the fields {', '.join(names)}")
-        for name in names.keys() - {"settings", "versions"}:
-            if not isinstance(fields[name], str):
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if not isinstance(fields, Mapping) or not needed <= fields.keys() <= kinds.keys():
+            raise ValueError(f"a recipe has the fields {', '.join(kinds)}")
+        settings = Settings.from_dict(fields["settings"])
+        for name in fields.keys() - {"settings"}:
+            if not IS_A[kinds[name]](fields[name]):
                 raise ValueError(f"{name} is {fields[name]!r:.80}")
-        versions = fields["versions"]
-        if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-            raise ValueError(f"versions is {versions!r:.80}")
-        return cls(**{**fields, "settings": Settings.from_dict(fields["settings"])})
+        return cls(**{**fields, "settings": settings})
+
+
+# What each type of a field may be in JSON.
+IS_A: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int and 1 <= value <= MAX_SCALE,
+    "bool": lambda value: isinstance(value, bool),
+    "Mapping[str, str]": lambda value: (
+        isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+    ),
+}
 
 
 def installed_versions() -> dict[str, str]:
@@ -86,25 +104,34 @@ def save_png(image: Image, path: Path, recipes: Sequence[Recipe]) -> None:
 
 
 def read_recipes(path: Path) -> list[Recipe]:
-    """The recipes in a picture.
+    """The recipes in a PNG. Only its texts are read, and no pixel, whatever size it says it has.
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is not a picture, or carries no recipe of ldm.
+        ValueError: in one printable line: it is not a PNG, or carries no recipe of ldm.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL.PngImagePlugin import PngImageFile
 
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {path}")
     try:
-        with Image.open(path) as image:
-            text = image.info.get(KEY)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a picture that can be read") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an animation, say, that is not quite one
+            with PngImageFile(path) as image:
+                text = image.info.get(KEY)
+    except (SyntaxError, OSError, ValueError) as error:  # Pillow's own for a bad file is the first
+        raise ValueError(printable(f"{path} is not a PNG picture that can be read")) from error
     try:
-        recipes = [Recipe.from_dict(fields) for fields in json.loads(text or "[]")]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the recipe in {path} cannot be read: {error}") from error
+        found = json.loads(text or "[]")
+        if not isinstance(found, list):
+            raise ValueError("recipes are a list")
+        recipes = [Recipe.from_dict(fields) for fields in found]
+    except ValueError as error:
+        raise ValueError(printable(f"the recipe in {path} cannot be read: {error}")) from error
+    except RecursionError:
+        raise ValueError(
+            printable(f"the recipe in {path} cannot be read: it is nested too deeply")
+        ) from None
     if not recipes:
-        raise ValueError(f"{path} does not say how it was made: it was not made by ldm")
+        raise ValueError(printable(f"{path} does not say how it was made: it was not made by ldm"))
     return recipes

@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from ldm.config import ModelConfig
+from ldm.errors import did_you_mean
 from ldm.presets import MAX_SEED, PRESETS, check_preset
 from ldm.samplers import SAMPLERS
 from ldm.schedule import pairs
+
+MAX_BYTES = 2**36
+"""What a run may have to hold at once, at most: 64 GiB. More is a mistake, or a recipe that is to
+bring a machine down, and is refused before any of it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Settings:
         """
         defaults = config.defaults
         settings = cls(
-            prompts=one_per_picture(prompt, num_images),
+            prompts=one_per_picture(config, prompt, num_images),
             negative_prompt=negative_prompt,
             sampler=defaults.sampler if sampler is None else sampler,
             steps=whole("steps", defaults.steps if steps is None else steps),
@@ -106,14 +112,19 @@ class Settings:
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
         if self.sampler not in list(SAMPLERS):  # a list: what has no hash is refused as well
-            raise ValueError(f"unknown sampler {self.sampler!r}: there are {', '.join(SAMPLERS)}")
+            near = did_you_mean(str(self.sampler), SAMPLERS)
+            there = ", ".join(SAMPLERS)
+            raise ValueError(f"unknown sampler {self.sampler!r:.80}: there are {there}{near}")
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
         if self.eta != 0.0 and "eta" not in SAMPLERS[self.sampler].options:
             raise ValueError(f"eta is a setting of ddim: {self.sampler} has none")
         if not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
             raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {self.seed}")
-        latent_shape(config, self.height, self.width)
+        check_bytes(
+            f"num_images={self.num_images}, height={self.height} and width={self.width}",
+            bytes_held(config, self.num_images, self.height, self.width),
+        )
         check_preset(
             self.like,
             sampler=self.sampler,
@@ -176,21 +187,25 @@ IS_A: dict[str, Callable[[Any], bool]] = {
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(IS_A["str"], value)),
     "str": lambda value: isinstance(value, str),
     "str | None": lambda value: value is None or isinstance(value, str),
-    "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (float, int),
+    "int": lambda value: type(value) is int and abs(value) <= MAX_SEED,
+    "float": lambda value: type(value) is float or IS_A["int"](value),
 }
 
 
 # --- Checks, each a ValueError in one line ---------------------------------------------------
 
 
-def one_per_picture(prompt: str | Sequence[str], num_images: int) -> tuple[str, ...]:
-    """Each prompt as often as it is to be drawn."""
+def one_per_picture(
+    config: ModelConfig, prompt: str | Sequence[str], num_images: int
+) -> tuple[str, ...]:
+    """Each prompt as often as it is to be drawn, if so many of the smallest pictures fit."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
         raise ValueError(f"a prompt must be a string or a list of strings, not {prompt!r}")
     if whole("num_images", num_images) < 1:
         raise ValueError(f"num_images must be 1 or more, not {num_images}")
+    count, factor = len(prompts) * num_images, config.vae.factor
+    check_bytes(f"num_images={count}", bytes_held(config, count, factor, factor))
     return tuple(one for one in prompts for _ in range(num_images))
 
 
@@ -204,6 +219,23 @@ def latent_shape(config: ModelConfig, height: int, width: int) -> tuple[int, int
     return config.vae.latent_channels, height // factor, width // factor
 
 
+def bytes_held(config: ModelConfig, num_images: int, height: int, width: int) -> int:
+    """What a run needs at once, in bytes, at least and in float32: of each picture its latents in
+    a step's six tensors, two contexts and the pixels; and, of the one that is being decoded, what
+    goes into the decoder's widest layer and what comes out. The UNet's needs come on top of it."""
+    channels, h, w = latent_shape(config, height, width)
+    latents, context = channels * h * w, config.text.max_length * config.text.hidden_size
+    widest = config.vae.model_channels * max(config.vae.channel_mult[:2])
+    each = 4 * (6 * latents + 2 * context) + 3 * height * width
+    return num_images * each + 4 * 2 * widest * height * width
+
+
+def check_bytes(what: str, needed: int) -> None:
+    """A ValueError in one line if `what` would need more memory than a run may take."""
+    if needed > MAX_BYTES:
+        raise ValueError(f"{what}: that takes {needed:,} bytes at once, more than {MAX_BYTES:,}")
+
+
 def whole(name: str, value: int) -> int:
     """A whole number of any type, as Python's own."""
     try:
@@ -213,7 +245,10 @@ def whole(name: str, value: int) -> int:
 
 
 def number(name: str, value: float) -> float:
-    """A number, as Python's own."""
-    if not isinstance(value, (int, float)):
+    """A real number of any type, NumPy's too, as Python's own."""
+    if not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, not {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        raise ValueError(f"{name} must be a number that a float can hold") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from ldm.config import SD_V1, DefaultsConfig
 from ldm.pipeline import TextToImage
 from ldm.samplers import SAMPLERS
-from ldm.settings import Settings
+from ldm.settings import MAX_BYTES, Settings, bytes_held
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config()
@@ -48,9 +49,43 @@ def test_prompts_are_one_per_picture_and_each_can_be_drawn_alone() -> None:
     assert settings.alone(2).prompt == "the sea"
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_images": 10**6},
+        {"num_images": 10**12},  # whose list of prompts alone would be 8 TB
+        {"num_images": 10**300},
+        {"height": 10**7, "width": 10**7},
+        {"height": 8, "width": 10**10},
+        {"height": 10**300},
+        {"num_images": 1000, "height": 4096, "width": 4096},
+    ],
+)
+def test_what_no_machine_can_hold_is_refused_before_any_of_it_is_asked_for(
+    asked: dict[str, int],
+) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"that takes [\d,]+ bytes at once") as error:
+            Settings.of(SD_V1, "a", **asked)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert all(f"{name}=" in str(error.value) for name in asked)
+
+
+def test_what_a_large_machine_can_hold_is_allowed() -> None:
+    Settings.of(SD_V1, "a", height=4096, width=4096)
+    Settings.of(SD_V1, "a", num_images=10_000)
+    small = Settings.of(SD_V1, "a")
+    assert bytes_held(SD_V1, 1, 512, 512) < bytes_held(SD_V1, 2, 512, 512) < MAX_BYTES
+    with pytest.raises(ValueError, match="bytes at once"):  # a recipe's, not of `Settings.of`
+        dataclasses.replace(small, height=10**7, width=10**7).check(SD_V1)
+
+
 def test_numbers_of_numpys_become_pythons() -> None:
     settings = Settings.of(
-        CONFIG, "a", steps=np.int64(3), guidance_scale=np.float64(2), seed=np.uint8(4)
+        CONFIG, "a", steps=np.int64(3), guidance_scale=np.float32(2), seed=np.uint8(4)
     )
     assert [type(v) for v in (settings.steps, settings.guidance_scale, settings.seed)] == [
         int,
@@ -80,6 +115,8 @@ def test_settings_survive_json(like: str | None) -> None:
         {"prompts": "a house"},
         {"prompts": [3]},
         {"like": 3},
+        {"height": 10**400},
+        {"guidance_scale": 10**400},
         {"more": 1},
     ],
 )

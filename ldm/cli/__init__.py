@@ -1,8 +1,9 @@
 """The command `ldm`, as a user types it; nothing else imports from here but the entry point.
 
-- `main.py`: the parser of all commands; errors in one line, and exit codes.
+- `main.py`: the parser of all commands; errors in one line, signals, and exit codes.
 - `options.py`: what several commands ask for, and how it is read: a run's settings, a model, where
   to compute, where pictures go.
+- `sheet.py`: several pictures on one sheet, with captions.
 - `generate.py`, `explain.py`, `show.py`, `inspect.py`, `convert.py`, `download.py`, `train.py`,
   `evaluate.py`: a command each, with `add_parser(commands)` and `run(args)`.
 

@@ -7,9 +7,16 @@ from pathlib import Path
 
 from ldm.cli import options
 
+EXAMPLES = """examples:
+  ldm convert v1-5-pruned.ckpt clean.safetensors --dtype float16
+  ldm convert model.safetensors folder
+"""
+
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("convert", help="write weights anew: one clean file, or a folder")
+    p = commands.add_parser(
+        "convert", help="write weights anew: one clean file, or a folder", epilog=EXAMPLES
+    )
     p.add_argument("source", type=Path, help="a file or a folder of weights")
     p.add_argument("target", type=Path, help="NAME.safetensors, or a new diffusers folder")
     options.add_model_options(p)
@@ -30,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         text=args.text,
     )
-    print(args.target)
+    options.tell(args.target)
     return 0

@@ -14,19 +14,37 @@ if TYPE_CHECKING:
     from ldm.evaluate.prompts import Results
 
 DRAWING = ("steps", "sampler", "guidance_scale")
+EXAMPLES = """examples:
+  ldm evaluate --per-value 20
+  ldm evaluate --attention --json
+"""
 
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("evaluate", help="measure how well pictures follow their prompts")
-    p.add_argument("--weights", type=Path, help="a Horizon checkpoint (default: the shipped one)")
+    p = commands.add_parser(
+        "evaluate", help="measure how well pictures follow their prompts", epilog=EXAMPLES
+    )
+    p.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="a Horizon checkpoint (default: the shipped one)",
+    )
     p.add_argument(
         "--per-value",
         type=int,
         default=100,
+        metavar="N",
         help="prompts for every value of every attribute, at least (%(default)s)",
     )
     options.add_sampler_options(p)
-    p.add_argument("--seed", type=int, default=0, help="of prompts and noise (%(default)s)")
+    p.add_argument(
+        *("-s", "--seed"),
+        type=int,
+        default=0,
+        metavar="N",
+        help="of prompts and noise (%(default)s)",
+    )
     options.add_device_option(p)
     p.add_argument(
         "--attention",

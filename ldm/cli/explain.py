@@ -16,12 +16,24 @@ COMPARE = {
     "eta": float,
     "seed": int,
 }
+EXAMPLES = """examples:
+  ldm explain "a red house in the snow"
+  ldm explain "a red house in the snow" --compare "a blue house in the snow" -o two.html
+  ldm explain "calm sea at sunset" -s 1 --compare-sampler ddpm
+"""
 
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("explain", help="how a picture comes out of noise, as one HTML page")
-    p.add_argument("prompt", help="what to draw")
-    p.add_argument("-o", "--output", type=Path, help="HTML to write (default: from the prompt)")
+    p = commands.add_parser(
+        "explain", help="how a picture comes out of noise, as one HTML page", epilog=EXAMPLES
+    )
+    p.add_argument("prompt", nargs="+", help="what to draw: all words are one prompt")
+    p.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        metavar="HTML",
+        help="where to write (default: a name from the prompt)",
+    )
     p.add_argument("--compare", metavar="PROMPT", help="watch a second run, of this prompt, too")
     options.add_run_options(p, seed_help="(default: drawn, and printed)")
     options.add_drawing_options(p)
@@ -38,23 +50,24 @@ def run(args: argparse.Namespace) -> int:
     from ldm.pipeline import TextToImage
     from ldm.viz.player import explain_runs, runs_asked
 
+    prompt = " ".join(args.prompt)
     sources, config = options.open_asked(args)
     device = options.asked_device(args)
     dtype = options.asked_dtype(args, device)
     other = {"prompt": args.compare, **{name: getattr(args, f"compare_{name}") for name in COMPARE}}
     runs = runs_asked(
         config,
-        args.prompt,
+        prompt,
         compare={name: value for name, value in other.items() if value is not None} or None,
         **options.asked_settings(args),
     )
-    (path,) = options.output_paths(args.output, args.prompt, ".html")
+    path = options.outputs(args.output, prompt, ".html").path
     plans, tokenizer = options.plan_asked(sources, args.ema)
     pipe = TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype)
     if args.weights:
-        print(f"weights {pipe.origin}", file=sys.stderr)
+        options.say(f"weights {pipe.origin}")
     if args.seed is None:
-        print(f"seed {runs[0].seed}", file=sys.stderr)
-    explain_runs(pipe, runs, path, progress=True)
-    print(path)
+        options.say(f"seed {runs[0].seed}")
+    explain_runs(pipe, runs, path, progress=sys.stderr.isatty())
+    options.tell(path)
     return 0

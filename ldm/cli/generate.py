@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +21,44 @@ if TYPE_CHECKING:
 
 IN_THE_RECIPE = (
     *options.RUN,
-    *("seed", "num_images", "reproduce", "device", "dtype", "ema"),
+    *("seed", "num_images", "reproduce", "device", "dtype", "ema", "scale", "captions"),
 )
+EXAMPLES = """examples:
+  ldm generate "a red house on green grass at night"
+  ldm generate "a red house" "a blue house" -n 4 --grid -o houses.png
+  ldm generate "calm sea at sunset" -s 7 -k 30 --scale 4
+  ldm generate --like houses.png -o again.png
+"""
 
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("generate", help="draw pictures of a prompt")
+    p = commands.add_parser("generate", help="draw pictures of a prompt", epilog=EXAMPLES)
     p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; several are fine")
-    p.add_argument("-o", "--output", type=Path, help="PNG to write (default: from the prompt)")
+    p.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        metavar="PNG",
+        help="where to write (default: a name from the prompt)",
+    )
     options.add_run_options(p, seed_help="image i uses seed + i (default: drawn, and printed)")
     options.add_drawing_options(p)
-    p.add_argument("--num-images", type=int, default=1, help="per prompt (%(default)s)")
-    p.add_argument("--grid", action="store_true", help="several pictures as one grid")
+    p.add_argument(
+        *("-n", "--num-images"), type=int, default=1, metavar="N", help="per prompt (%(default)s)"
+    )
+    p.add_argument("--grid", action="store_true", help="several pictures on one sheet")
+    p.add_argument(
+        "--captions",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="say under each picture of a --grid what differs",
+    )
+    p.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        metavar="N",
+        help="show every picture N times as wide and high (%(default)s)",
+    )
     p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
     p.add_argument(
         "--reproduce", metavar="CODE", help=f"the seed's picture of {' or '.join(options.LIKE)}"
@@ -42,41 +67,37 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw one picture after the other, so that each depends on its seed alone and Ctrl-C loses
-    only the one being drawn."""
+    """Draw one picture after the other, so that each depends on its seed alone, the first is there
+    at once, however many follow, and Ctrl-C loses only the one being drawn."""
     check_arguments(args)
+    prompts = meant(args.prompts)
     from ldm.device import check_device
     from ldm.pipeline import TextToImage
-    from ldm.recipe import save_png
 
     sources, config = options.open_asked(args)
-    recipes = recipes_like(args.like, config) if args.like else recipes_asked(args, config)
-    one_file = args.grid or bool(args.like)
-    count = 1 if one_file else len(recipes)
-    paths = options.output_paths(args.output, recipes[0].settings.prompt, ".png", count)
-    if args.like and paths[0].resolve() == args.like.resolve():
+    order = order_like(args.like, config) if args.like else order_asked(args, prompts, config)
+    first = order.recipes[0]
+    check_sheet(order)
+    count = 1 if order.grid else len(order)
+    paths = options.outputs(args.output, first.settings.prompt, ".png", count)
+    if args.like and paths.path.resolve() == args.like.resolve():
         raise ValueError(f"{args.like} would be overwritten: name another file with -o")
-    plans, tokenizer = options.plan_asked(sources, recipes[0].ema)
-    recipes = sign(recipes, args.like, options.files_of(sources))
+    plans, tokenizer = options.plan_asked(sources, first.ema)
+    order = sign(order, args.like, options.files_of(sources))
     pipe = TextToImage.from_plans(
         plans,
         tokenizer,
-        device=check_device(recipes[0].device),
-        dtype=options.named_dtype(recipes[0].dtype),
+        device=check_device(first.device),
+        dtype=options.named_dtype(first.dtype),
     )
     if args.weights:
-        print(f"weights {pipe.origin}", file=sys.stderr)
+        options.say(f"weights {pipe.origin}")
     if args.seed is None and not args.like:
-        print(f"seed {recipes[0].settings.seed}", file=sys.stderr)
-
-    images: list[Image] = []
-    try:
-        draw(pipe, recipes, images, paths)
-    finally:
-        if len(paths) < len(recipes) and images:
-            finished = recipes[: len(images)]
-            save_png(grid(images, grid_columns(finished)), paths[0], finished)
-            print(paths[0])
+        options.say(f"seed {first.settings.seed}")
+    if order.grid:
+        draw_sheet(pipe, order, paths.path)
+    else:
+        draw_files(pipe, order, paths)
     return 0
 
 
@@ -86,7 +107,11 @@ def run(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """A ValueError for arguments that do not go together, whatever the model."""
     if not args.prompts and not args.like:
-        raise ValueError("pass a prompt, or --like PNG")
+        raise ValueError('pass a prompt, in quotes: ldm generate "a red house"; or --like PNG')
+    if args.num_images < 1:
+        raise ValueError(f"--num-images must be 1 or more, not {args.num_images}")
+    if not 1 <= args.scale <= options.MAX_SCALE:
+        raise ValueError(f"--scale must be between 1 and {options.MAX_SCALE}, not {args.scale}")
     if args.reproduce and len(args.prompts) * args.num_images > 1:
         raise ValueError("--reproduce draws one picture: the noise of more depends on their number")
     if not args.like:
@@ -99,51 +124,121 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--like takes every setting from the picture: leave out {option}")
 
 
-def recipes_asked(args: argparse.Namespace, config: ModelConfig) -> list[Recipe]:
-    """One recipe per picture that the arguments ask for, not yet signed, or a ValueError."""
+def meant(prompts: Sequence[str]) -> list[str]:
+    """The prompts; but where all are single words, which is how one looks without its quotes, ask
+    for what is meant, or at least say what is being done."""
+    if len(prompts) < 2 or any(" " in prompt for prompt in prompts):
+        return list(prompts)
+    one = " ".join(prompts)
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
+        options.say(
+            f"ldm: {len(prompts)} prompts, each of one word; for one picture of all, "
+            f'put them in quotes: "{one}"'
+        )
+        return list(prompts)
+    options.say(f'ldm: one picture, of "{one}"? Or {len(prompts)}, one of each word?')
+    while True:
+        sys.stderr.write(f"[1]/{len(prompts)}: ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline()
+        if not answer:  # the end of the input, Ctrl-D
+            raise KeyboardInterrupt
+        if answer.strip() in ("", "1"):
+            return [one]
+        if answer.strip() == str(len(prompts)):
+            return list(prompts)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn: so many pictures by each recipe, of one seed after the other.
+
+    Attributes:
+        recipes: of the first picture of each.
+        each: how many pictures.
+        grid: whether all go onto one sheet.
+    """
+
+    recipes: Sequence[Recipe]
+    each: int
+    grid: bool
+
+    def __len__(self) -> int:
+        return len(self.recipes) * self.each
+
+    def __iter__(self) -> Iterator[Recipe]:
+        """The recipe of each picture alone, made when its turn comes: there may be a million."""
+        for recipe in self.recipes:
+            for i in range(self.each):
+                settings = dataclasses.replace(recipe.settings, seed=recipe.settings.seed + i)
+                yield dataclasses.replace(recipe, settings=settings)
+
+
+def order_asked(args: argparse.Namespace, prompts: Sequence[str], config: ModelConfig) -> Order:
+    """What the arguments ask for, not yet signed, or a ValueError."""
     from ldm.recipe import Recipe
     from ldm.settings import Settings
 
-    settings = Settings.of(
-        config,
-        args.prompts,
-        num_images=args.num_images,
-        like=args.reproduce,
-        **options.asked_settings(args),
-    )
+    asked = options.asked_settings(args)
     device = options.asked_device(args)
-    unsigned = Recipe(
-        settings=settings,
-        model=config.name,
-        model_sha256="",
-        ema=args.ema,
-        device=str(device),
-        dtype=str(options.asked_dtype(args, device)).removeprefix("torch."),
-        versions={},
-    )
-    pictures = range(settings.num_images)
-    return [dataclasses.replace(unsigned, settings=settings.alone(i)) for i in pictures]
+    dtype = str(options.asked_dtype(args, device)).removeprefix("torch.")
+    recipes = []
+    for i, prompt in enumerate(prompts):
+        seed = asked["seed"] + i * args.num_images
+        settings = Settings.of(config, prompt, like=args.reproduce, **asked | {"seed": seed})
+        last = dataclasses.replace(settings, seed=seed + args.num_images - 1)
+        last.check(config)
+        recipes.append(
+            Recipe(
+                settings=settings,
+                model=config.name,
+                model_sha256="",
+                ema=args.ema,
+                device=str(device),
+                dtype=dtype,
+                versions={},
+                scale=args.scale,
+                captions=args.grid and args.captions,
+            )
+        )
+    return Order(recipes, args.num_images, grid=args.grid)
 
 
-def recipes_like(path: Path, config: ModelConfig) -> list[Recipe]:
-    """The recipes of an existing picture, or a ValueError when they cannot be followed here."""
+def order_like(path: Path, config: ModelConfig) -> Order:
+    """An existing picture's, or a ValueError when its recipes cannot be followed here."""
     from ldm.device import check_device
     from ldm.recipe import read_recipes
 
     recipes = read_recipes(path)
     first = recipes[0]
-    alike = len({(one.model_sha256, one.device, one.dtype, one.ema) for one in recipes}) == 1
+    alike = all(
+        dataclasses.replace(one, settings=first.settings, versions=first.versions) == first
+        for one in recipes
+    )
+    sizes = {(one.settings.height, one.settings.width) for one in recipes}
     alone = all(one.settings.num_images == 1 for one in recipes)
-    if not (alike and alone and first.dtype in options.DTYPES and first.ema in options.EMA):
+    known = first.dtype in options.DTYPES and first.ema in options.EMA
+    if not (known and alone and alike and len(sizes) == 1):
         raise ValueError(f"the recipe in {path} is not one that ldm wrote")
     check_device(first.device)
     for one in recipes:
         one.settings.check(config)
-    return recipes
+    return Order(recipes, 1, grid=True)
 
 
-def sign(recipes: Sequence[Recipe], like: Path | None, files: Sequence[Path]) -> list[Recipe]:
-    """The recipes with the weights' hash and the versions that follow them here.
+def check_sheet(order: Order) -> None:
+    """A ValueError in one line if what is to be on one sheet would not fit in memory."""
+    from ldm.settings import check_bytes
+
+    first = order.recipes[0]
+    width, height = first.settings.width * first.scale, first.settings.height * first.scale
+    count = len(order) if order.grid else 1
+    what = f"a sheet of {count} pictures of" if order.grid else "a picture of"
+    check_bytes(f"{what} {width}x{height} pixels", 2 * 3 * count * width * height)
+
+
+def sign(order: Order, like: Path | None, files: Sequence[Path]) -> Order:
+    """The order with the weights' hash in its recipes, and the versions that follow them here.
 
     Raises:
         ValueError: they are those of the picture `like`, which was made with other weights.
@@ -153,62 +248,70 @@ def sign(recipes: Sequence[Recipe], like: Path | None, files: Sequence[Path]) ->
 
     sha256, versions = weights_sha256(files), installed_versions()
     if like:
-        theirs = recipes[0]
+        theirs = order.recipes[0]
         if sha256 != theirs.model_sha256:
             raise ValueError(
                 f"{like} was made with weights whose SHA-256 is {theirs.model_sha256}, "
                 f"but that of {', '.join(map(str, files))} is {sha256}"
             )
         if versions != theirs.versions:
-            print(
-                f"ldm: made with {theirs.versions}, here are {versions}: the last bits may differ",
-                file=sys.stderr,
+            options.say(
+                f"ldm: made with {theirs.versions}, here are {versions}: the last bits may differ"
             )
-    return [dataclasses.replace(one, model_sha256=sha256, versions=versions) for one in recipes]
+    signed = [
+        dataclasses.replace(one, model_sha256=sha256, versions=versions) for one in order.recipes
+    ]
+    return dataclasses.replace(order, recipes=signed)
 
 
 # --- Drawing ---------------------------------------------------------------------------------
 
 
-def draw(
-    pipe: TextToImage, recipes: Sequence[Recipe], images: list[Image], paths: Sequence[Path]
-) -> None:
-    """Follow the recipes in order; `images` grows with each finished picture, and where every
-    picture has its own path it is written at once."""
+def draw(pipe: TextToImage, order: Order) -> Iterator[tuple[Recipe, Image]]:
+    """Follow the recipes in order: each picture, when it is finished, with its own."""
     from tqdm import tqdm
 
-    from ldm.recipe import save_png
-
-    work = sum(len(recipe.settings.grid(pipe.config)) for recipe in recipes)
-    with tqdm(total=work, unit="step", file=sys.stderr) as bar:
-        for recipe in recipes:
+    steps = sum(len(one.settings.grid(pipe.config)) for one in order.recipes)
+    # No bar where nobody watches: in a log it would be a line a step.
+    with tqdm(total=steps * order.each, unit="step", file=sys.stderr, disable=None) as bar:
+        for recipe in order:
             for step in pipe.run(recipe.settings):
                 latents = step.x_prev
                 bar.update()
-            images += pipe.decode(latents)
-            if len(paths) == len(recipes):
-                path = paths[len(images) - 1]
-                save_png(images[-1], path, [recipe])
-                bar.write(str(path), file=sys.stdout)
+            (image,) = pipe.decode(latents)
+            with bar.external_write_mode():
+                yield recipe, enlarged(image, recipe.scale)
 
 
-def grid(images: Sequence[Image], columns: int, gap: int = 4) -> Image:
-    """Pictures of one size side by side, row by row."""
-    from PIL import Image as PILImage
+def draw_files(pipe: TextToImage, order: Order, paths: Iterable[Path]) -> None:
+    """A file for each picture, written and told as soon as it is drawn."""
+    from ldm.recipe import save_png
 
-    rows = -(-len(images) // columns)
-    width, height = images[0].size
-    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
-    sheet = PILImage.new("RGB", size, "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
+    for path, (recipe, image) in zip(paths, draw(pipe, order), strict=True):
+        save_png(image, path, [recipe])
+        options.tell(path)
 
 
-def grid_columns(recipes: Sequence[Recipe]) -> int:
-    """A row per prompt where each has several pictures; else as near to a square as it gets."""
-    prompts = [recipe.settings.prompt for recipe in recipes]
-    runs = [len(list(run)) for _, run in itertools.groupby(prompts)]
-    if len(runs) > 1 and runs[0] > 1:
-        return runs[0]
-    return math.ceil(math.sqrt(len(recipes)))
+def draw_sheet(pipe: TextToImage, order: Order, path: Path) -> None:
+    """All pictures on one sheet; after Ctrl-C those that were finished."""
+    from ldm.cli.sheet import sheet
+    from ldm.recipe import save_png
+
+    recipes: list[Recipe] = []
+    images: list[Image] = []
+    try:
+        for recipe, image in draw(pipe, order):
+            recipes.append(recipe)
+            images.append(image)
+    finally:
+        if images:
+            save_png(sheet(images, recipes), path, recipes)
+            options.tell(path)
+
+
+def enlarged(image: Image, scale: int) -> Image:
+    """A picture as many times as wide and high, without squares (Lanczos); by 1, itself."""
+    from PIL.Image import Resampling
+
+    size = (image.width * scale, image.height * scale)
+    return image if scale == 1 else image.resize(size, Resampling.LANCZOS)

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from ldm.cli import options
 
+EXAMPLES = """examples:
+  ldm inspect v1-5-pruned.ckpt
+  ldm inspect model.safetensors --sha256 --json
+"""
+
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("inspect", help="what is in a file of weights, without loading it")
+    p = commands.add_parser(
+        "inspect", help="what is in a file of weights, without loading it", epilog=EXAMPLES
+    )
     p.add_argument("weights", type=Path, help="a file or a folder")
     p.add_argument("--sha256", action="store_true", help="hash it too: that reads all of it")
     p.add_argument("--json", action="store_true", help="for programs")

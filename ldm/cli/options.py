@@ -7,13 +7,17 @@ them against those. The functions below the options import what they need when t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import re
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ldm.errors import printable
 from ldm.files import check_writable
 
 if TYPE_CHECKING:
@@ -33,6 +37,22 @@ EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
 MODELS_OWN = "default: the model's own"
 RUN = ("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "height", "width")
 """The settings of a run that options ask for by their own names, but for the seed."""
+MAX_SCALE = 64  # of ldm.recipe
+LONGEST_PATH = 4096  # characters, on Linux
+
+
+# --- What is said ----------------------------------------------------------------------------
+
+
+def say(text: object) -> None:
+    """A line to people, beside the results: on stderr, where somebody still reads that."""
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def tell(path: Path) -> None:
+    """A line of results: what was written, as soon as it is there."""
+    print(printable(path, LONGEST_PATH), flush=True)
 
 
 # --- Options ---------------------------------------------------------------------------------
@@ -42,27 +62,40 @@ def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
     """The settings of a run but for its prompt; what is not given is None where the model has a
     default of its own."""
     add_sampler_options(p)
-    p.add_argument("--negative-prompt", default="", help="what to move away from")
-    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 (%(default)s)")
-    p.add_argument("--seed", type=int, help=seed_help)
-    p.add_argument("--height", type=int, help="pixels (default: as the model was trained)")
-    p.add_argument("--width", type=int, help="pixels (default: as the model was trained)")
+    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
+    p.add_argument(
+        "--eta", type=float, default=0.0, metavar="E", help="ddim's noise, 0 to 1 (%(default)s)"
+    )
+    p.add_argument("-s", "--seed", type=int, metavar="N", help=seed_help)
+    for side in ("--height", "--width"):
+        p.add_argument(side, type=int, metavar="PIXELS", help="(default: as the model was trained)")
 
 
 def add_sampler_options(p: argparse.ArgumentParser) -> None:
     """Those settings of a run that a model has its own defaults for."""
-    p.add_argument("--steps", type=int, help=f"sampler steps, 1 to 1000 ({MODELS_OWN})")
-    p.add_argument("--sampler", help=f"{' or '.join(SAMPLERS)} ({MODELS_OWN})")
-    p.add_argument("--guidance-scale", type=float, help=f"how hard to follow it ({MODELS_OWN})")
+    p.add_argument(
+        *("-k", "--steps"), type=int, metavar="N", help=f"sampler steps, 1 to 1000 ({MODELS_OWN})"
+    )
+    named = p.add_argument(
+        "--sampler", metavar="NAME", help=f"{' or '.join(SAMPLERS)} ({MODELS_OWN})"
+    )
+    named.completer = lambda **_: SAMPLERS  # type: ignore[attr-defined]  # what argcomplete asks
+    p.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help=f"how hard to follow the prompt; 1 is without guidance ({MODELS_OWN})",
+    )
 
 
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """What a model is made of, but for the main file or folder of its weights."""
-    p.add_argument("--vae", type=Path, help="another file with the autoencoder")
-    p.add_argument("--text", type=Path, help="another file with the text encoder")
+    p.add_argument("--vae", type=Path, metavar="PATH", help="another file with the autoencoder")
+    p.add_argument("--text", type=Path, metavar="PATH", help="another file with the text encoder")
     p.add_argument(
         "--config",
         type=Path,
+        metavar="JSON",
         help="a config.json like Horizon's, for weights of another size that bring none",
     )
     p.add_argument(
@@ -75,7 +108,12 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
 
 def add_drawing_options(p: argparse.ArgumentParser) -> None:
     """The model that draws, where, and in what precision."""
-    p.add_argument("--weights", type=Path, help="a file or folder (default: Horizon, shipped)")
+    p.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder (default: Horizon, shipped)",
+    )
     add_model_options(p)
     add_device_option(p)
     p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
@@ -83,7 +121,9 @@ def add_drawing_options(p: argparse.ArgumentParser) -> None:
 
 def add_device_option(p: argparse.ArgumentParser) -> None:
     """Where to compute."""
-    p.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+    p.add_argument(
+        "--device", metavar="NAME", help="cuda, mps or cpu (default: the fastest there is)"
+    )
 
 
 # --- What was asked for ----------------------------------------------------------------------
@@ -119,11 +159,11 @@ def asked_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def asked_config(args: argparse.Namespace) -> ModelConfig | None:
     """The config in the file that `--config` names, or None."""
-    from ldm.checkpoints.config_json import config_from_json
+    from ldm.checkpoints.config_json import read_config
 
     if args.config is None:
         return None
-    return config_from_json(args.config.read_text(encoding="utf-8"), args.config)
+    return read_config(args.config)
 
 
 # --- The model that was asked for: opened first, so that every other argument can be checked with
@@ -160,29 +200,49 @@ def files_of(sources: Mapping[str, Weights]) -> list[Path]:
 # --- Where pictures and pages go -------------------------------------------------------------
 
 
-def output_paths(output: Path | None, prompt: str, suffix: str, count: int = 1) -> list[Path]:
-    """Where to write: one file, or `name-0.png`, `name-1.png`, ...; without a name, one made of the
-    prompt that is not taken yet.
+@dataclass(frozen=True)
+class Outputs:
+    """Where pictures go: one file, or `name-0.png`, `name-1.png`, ..., however many."""
+
+    path: Path
+    count: int
+
+    def __iter__(self) -> Iterator[Path]:
+        """A path for each of several pictures; one picture needs no number."""
+        if self.count == 1:
+            return iter([self.path])
+        return (self.path.with_stem(f"{self.path.stem}-{i}") for i in range(self.count))
+
+    def taken(self) -> list[Path]:
+        """Those where there is something already. The folder is read once: of a million paths few
+        are there. (Where a file system knows no small letters, neither does this.)"""
+        if self.count == 1:
+            return [self.path] if self.path.exists() else []
+        stem, suffix = re.escape(self.path.stem), re.escape(self.path.suffix)
+        ours = re.compile(rf"{stem}-(0|[1-9]\d*){suffix}", re.ASCII | re.IGNORECASE)
+        found = ((path, ours.fullmatch(path.name)) for path in self.path.parent.iterdir())
+        return sorted(path for path, match in found if match and int(match[1]) < self.count)
+
+
+def outputs(output: Path | None, prompt: str, suffix: str, count: int = 1) -> Outputs:
+    """Where to write; without a name, one made of the prompt that is not taken yet.
 
     Raises:
         ValueError: a file could not be written there, or its name ends in another suffix.
     """
     if output is None:
         stems = (slug(prompt) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-        candidates = (numbered(Path(stem + suffix), count) for stem in stems)
-        paths = next(c for c in candidates if not any(path.exists() for path in c))
+        candidates = (Outputs(Path(stem + suffix), count) for stem in stems)
+        chosen = next(one for one in candidates if not one.taken())
     elif output.suffix.lower() != suffix:
         raise ValueError(f"the output must end in {suffix}, not {output}")
     else:
-        paths = numbered(output, count)
-    for path in paths:
+        chosen = Outputs(output, count)
+    first = next(iter(chosen))
+    check_writable(first)
+    for path in chosen.taken():
         check_writable(path)
-    return paths
-
-
-def numbered(path: Path, count: int) -> list[Path]:
-    """A path for each of several pictures; one picture needs no number."""
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+    return chosen
 
 
 def slug(prompt: str) -> str:

@@ -8,17 +8,25 @@ from pathlib import Path
 from ldm.cli import options
 
 STAGES = ("autoencoder", "clip", "diffusion")  # ldm.train.run.STAGES
+EXAMPLES = """examples:
+  ldm train horizon --out runs/mine
+  ldm train diffusion --out runs/mine --resume
+"""
 
 
 def add_parser(commands: options.Commands) -> None:
-    p = commands.add_parser("train", help="train Horizon, or one of its stages, from nothing")
+    p = commands.add_parser(
+        "train", help="train Horizon, or one of its stages, from nothing", epilog=EXAMPLES
+    )
     p.add_argument("stage", choices=(*STAGES, "horizon"), help="horizon is all three, evaluated")
-    p.add_argument("--out", type=Path, required=True, help="the run's folder")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the run's folder")
     p.add_argument("--resume", action="store_true", help="go on from the folder's checkpoints")
-    p.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
-    p.add_argument("--batch-size", type=int, help="(default: the recipe's)")
-    p.add_argument("--learning-rate", type=float, help="(default: the recipe's)")
-    p.add_argument("--seed", type=int, help="of weights, scenes and noise (default: 0)")
+    p.add_argument("--steps", type=int, metavar="N", help="training steps (default: the recipe's)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="(default: the recipe's)")
+    p.add_argument("--learning-rate", type=float, metavar="RATE", help="(default: the recipe's)")
+    p.add_argument(
+        "--seed", type=int, metavar="N", help="of weights, scenes and noise (default: 0)"
+    )
     options.add_device_option(p)
     p.set_defaults(run=run)
 

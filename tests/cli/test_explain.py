@@ -22,9 +22,11 @@ def test_the_command_writes_a_page_named_after_the_prompt(
     assert main([*command, "--compare", "blue", "--compare-sampler", "ddpm"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "a-red-house.html\n" and "\nseed " in printed.err
+    assert "step" not in printed.err  # no bar where nobody watches
     data = page_data(Path("a-red-house.html").read_text(encoding="utf-8"))
     assert data["headings"] == ["“A red house!”, DDIM", "“blue”, DDPM"]
-    assert main([*command, "--seed", "1"]) == 0
+    unquoted = ["explain", "A", "red", "house!", *command[2:]]  # all words are one prompt
+    assert main([*unquoted, "--seed", "1"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-red-house-2.html", "a-red-house.html"]
     assert "seed 1 " in Path("a-red-house-2.html").read_text(encoding="utf-8")
 
