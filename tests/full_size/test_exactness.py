@@ -3,7 +3,8 @@
 Small models add up short sums in few layers; these are the sums of the real thing. The weights go
 through one file, which diffusers reads by its own conversion. Models are loaded one at a time and
 dropped at once: only what they computed stays. The fast layers of `pipe.optimize()` are held to the
-same bounds.
+same bounds. The autoencoder is held to fp64 on a quarter of a picture: at 512x512 the picture that
+is drawn says the same to one grey level.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.parity import assert_parity
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.full_size
 
-STEPS, GUIDANCE = 4, 7.5
+STEPS, GUIDANCE = 2, 7.5
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +141,19 @@ def test_unet_agrees_with_diffusers(
     our_picture: Drawn,
     their_picture: Drawn,
 ) -> None:
+    """In fp64 one of the two predictions, that of the prompt: the slowest of all."""
     (t, _), *_ = NoiseSchedule().ddim_timesteps(STEPS)
     exact = oracle("unet", checkpoint, configs, torch.float64)
-    x = torch.cat([noise, noise]).double()
-    reference = exact(x, t, context.double()).sample
+    reference = exact(noise.double(), t, context[1:].double()).sample
     del exact
-    assert_parity(our_picture.eps, their_picture.eps, reference, "eps")
+    theirs = their_picture.eps[1:]
+    assert_parity(our_picture.eps[1:], theirs, reference, "eps")
     optimize(unet := load_unet(checkpoint))
-    fast = unet(x.float(), torch.full((2,), t), context)
-    assert_parity(fast, their_picture.eps, reference, "eps, optimised")
+    fast = unet(torch.cat([noise, noise]), torch.full((2,), t), context)
+    assert_parity(fast[1:], theirs, reference, "eps, optimised")
 
 
-def test_four_guided_steps_agree_with_diffusers(our_picture: Drawn, their_picture: Drawn) -> None:
+def test_guided_steps_agree_with_diffusers(our_picture: Drawn, their_picture: Drawn) -> None:
     error = relative_error(our_picture.latents, their_picture.latents)
     print(f"latents: {error:.3g} of their std")
     assert error <= 1e-4
@@ -174,12 +176,12 @@ def test_the_decoded_picture_is_diffusers_own_to_one_grey_level(
 
 @torch.no_grad()
 def test_vae_decode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
-    z = randn(1, 4, 64, 64, seed=8)
+    z = randn(1, 4, 32, 32, seed=8)
     vae = load_vae(checkpoint)
     mine = vae.decode(z)
     theirs = oracle("vae", checkpoint, configs).decode(z).sample
     reference = oracle("vae", checkpoint, configs, torch.float64).decode(z.double()).sample
-    assert mine.shape == (1, 3, 512, 512)
+    assert mine.shape == (1, 3, 256, 256)
     assert_parity(mine, theirs, reference, "picture")
     optimize(vae)
     assert_parity(vae.decode(z), theirs, reference, "picture, optimised")
@@ -187,12 +189,12 @@ def test_vae_decode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> No
 
 @torch.no_grad()
 def test_vae_encode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
-    x = randn(1, 3, 512, 512, seed=7).clamp(-1, 1)
+    x = randn(1, 3, 256, 256, seed=7).clamp(-1, 1)
     vae = load_vae(checkpoint)
     mine = vae.encode(x)
     theirs = oracle("vae", checkpoint, configs).encode(x).latent_dist
     exact = oracle("vae", checkpoint, configs, torch.float64).encode(x.double()).latent_dist
-    assert mine.mean.shape == (1, 4, 64, 64)
+    assert mine.mean.shape == (1, 4, 32, 32)
     assert_parity(mine.mean, theirs.mean, exact.mean, "mean")
     assert_parity(mine.logvar, theirs.logvar, exact.logvar, "logvar")
     optimize(vae)
