@@ -61,7 +61,7 @@ HOME = {
 SHELF = (
     *("attention", "config", "layers", "pipeline", "presets", "recipe", "samplers", "schedule"),
     *("settings", "text", "tokenizer", "unet", "vae"),
-    *("device", "errors", "files", "version"),
+    *("device", "errors", "files", "pictures", "version"),
     *("checkpoints", "evaluate", "observe", "speed", "train", "viz", "worlds"),
 )
 

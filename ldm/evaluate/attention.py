@@ -47,7 +47,7 @@ from ldm.observe.hooks import record
 from ldm.observe.maps import Word, group_words, map_size
 from ldm.pipeline import TextToImage
 from ldm.samplers import draw_noise
-from ldm.train.data import OBJECTS, pictures
+from ldm.worlds.batches import OBJECTS, pictures
 from ldm.worlds.scenes import Scene, training_scene
 
 Array = npt.NDArray[np.float64]
@@ -170,7 +170,8 @@ def watch(
     generator = torch.Generator().manual_seed(seed)
     maps: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     masks: dict[str, list[Tensor]] = defaultdict(list)
-    for start in tqdm(range(0, len(told), batch_size), desc="looking", unit="batch"):
+    starts = range(0, len(told), batch_size)
+    for start in tqdm(starts, desc="looking", unit="batch", disable=None):  # None: on a terminal
         scenes = [scene for scene, _ in told[start : start + batch_size]]
         captions = [caption for _, caption in told[start : start + batch_size]]
         x = pictures(scenes, size).to(pipe.device, pipe.dtype)

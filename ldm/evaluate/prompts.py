@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm.pipeline import TextToImage
 from ldm.settings import Settings
 from ldm.train.clip import CLIPPair
-from ldm.train.data import pictures
+from ldm.worlds.batches import pictures
 from ldm.worlds.captions import SOME
 from ldm.worlds.distribution import ATTRIBUTES, HELD_OUT
 from ldm.worlds.reader import read
@@ -234,7 +234,8 @@ def draw_and_read(
 ) -> Iterator[tuple[Prompt, dict[str, str]]]:
     """Draw each prompt once, by settings that hold their texts, picture i with seed + i, and read
     what it shows."""
-    for start in tqdm(range(0, len(prompts), batch_size), desc="drawing", unit="batch"):
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="drawing", unit="batch", disable=None):  # None: on a terminal
         batch = prompts[start : start + batch_size]
         some = replace(
             settings,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.config import SD_V1
+from ldm.pictures import stack, to_images, to_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +60,7 @@ class LatentRGB:
 
     def __call__(self, latents: Tensor) -> list[Image]:
         """Scaled latents (B, C, h, w) to B pictures of h x w pixels."""
-        from PIL import Image
-
-        levels = ((self.rgb(latents) + 1) / 2).clamp(0, 1).mul(255).round().byte()
-        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in levels]
+        return to_images(self.rgb(latents))
 
     @classmethod
     def fit(cls, latents: Tensor, pictures: Tensor) -> LatentRGB:
@@ -114,13 +112,9 @@ def fit_rgb(pipe: TextToImage, images: Sequence[Image]) -> LatentRGB:
     Raises:
         ValueError: no images, of several sizes, or a side is not a multiple of the VAE's factor.
     """
-    import numpy as np
-
-    if len({image.size for image in images}) != 1:
-        raise ValueError("fitting needs pictures, all of one size")
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    pixels = to_tensor(stack(images))  # (B, 3, H, W)
     latents = torch.cat([pipe.encode(image) for image in images])
-    return LatentRGB.fit(latents, pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+    return LatentRGB.fit(latents, pixels)
 
 
 def scene_images(count: int, size: int, rng: np.random.Generator) -> list[Image]:
@@ -135,8 +129,7 @@ def trace_rgb(trace: Trace) -> LatentRGB:
     were decoded to. A trace without its picture has Stable Diffusion v1's map if that made it, or
     false colours."""
     if trace.picture is not None:
-        picture = trace.picture.permute(2, 0, 1)[None]  # (1, 3, H, W)
-        return LatentRGB.fit(trace.latents, picture / 127.5 - 1)
+        return LatentRGB.fit(trace.latents, to_tensor(trace.picture[None]))
     if trace.model == SD_V1.name:
         return SD_V1_RGB
     return false_colours(trace.latents.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def machine() -> dict[str, str | int]:
         "system": platform.platform(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),

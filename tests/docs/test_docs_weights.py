@@ -17,9 +17,11 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ldm
 from ldm import errors
+from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.download import known_files
 from ldm.checkpoints.keys import PREFIXES, key_map
@@ -181,10 +183,14 @@ def small_files(folder: Path) -> None:
         "quantised": tensors | {key: bias.char()},
         "key": {k: v for k, v in tensors.items() if k != key} | {f"{UNET}out.3.bias": bias},
         "stray": tensors | {"hypernetwork.bias": bias.clone()},
+        "linear": tensors | {"betas": torch.linspace(1e-4, 2e-2, 1000)},
+        "v": tensors | {"v_pred": torch.zeros(0)},
     }
     for name, content in files.items():
         write_weights(small / f"{name}.safetensors", content, config=config)
     write_weights(small / "no-config.safetensors", tensors)
+    wrong = config_to_json(config).replace('"num_heads": 2', '"num_heads": 5')
+    save_file(tensors, small / "heads.safetensors", metadata={"ldm": wrong})
     convert(small, folder / "no-vae")
     shutil.rmtree(folder / "no-vae" / "vae")
     # A vocabulary as large as CLIP's, which is asked for on the Hub where it is not found.

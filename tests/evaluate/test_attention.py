@@ -38,7 +38,7 @@ from ldm.evaluate.attention import (
     watch,
 )
 from ldm.observe.maps import Word, daam, group_words, prompt_to_prompt
-from ldm.train.data import OBJECTS, pictures
+from ldm.worlds.batches import OBJECTS, pictures
 from ldm.worlds.scenes import Scene
 from tests.helpers import randn, random_checkpoint, rng, tiny_config, tiny_tokenizer
 

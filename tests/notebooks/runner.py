@@ -81,11 +81,10 @@ def executed(path: Path, folder: Path) -> Any:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Two threads that wait for each other stand still when another program takes a core: a notebook
     # of a minute then takes ten. And none spins while it waits.
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
+    env = {
+        **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},  # unless the user says otherwise
+        **os.environ,
+        **{"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
     }
     try:
         client.execute(env=env)
