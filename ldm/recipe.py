@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "ldm"
+LONGEST = 4_000_000  # characters of a picture's recipes
 MAX_SCALE = 64  # a latent of Stable Diffusion's as a square of 512 pixels
 
 
@@ -122,6 +123,8 @@ def read_recipes(path: Path) -> list[Recipe]:
     except (SyntaxError, OSError, ValueError) as error:  # Pillow's own for a bad file is the first
         raise ValueError(printable(f"{path} is not a PNG picture that can be read")) from error
     try:
+        if text and len(text) > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST:,} characters")
         found = json.loads(text or "[]")
         if not isinstance(found, list):
             raise ValueError("recipes are a list")

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import LINE
 from ldm.files import file_sha256
-from ldm.recipe import KEY, Recipe, installed_versions, read_recipes, save_png
+from ldm.recipe import KEY, LONGEST, Recipe, installed_versions, read_recipes, save_png
 from ldm.settings import Settings
 
 RECIPE = Recipe(
@@ -142,6 +142,7 @@ def test_only_the_texts_of_a_picture_are_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b" " * LONGEST + b"]", "longer than 4,000,000 characters"),
         (b"[" * 900 + b"]" * 900, "a recipe has the fields"),
         (b'{"a": 1}', "recipes are a list"),
         (b"5", "recipes are a list"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ldm.errors import printable
 from ldm.files import written_whole
 from ldm.tokenizer import Merges, Tokenizer, Vocab, parse_pairs, vocab_of
 
@@ -50,7 +53,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         return Tokenizer(vocab, merges)
     except Exception as error:  # whatever gzip, json or the backend say of a broken file
         reason = str(error).partition("\n")[0]
-        message = f"no readable CLIP tokenizer in {folder / files[0]}: {reason}"
+        message = printable(f"no readable CLIP tokenizer in {folder / files[0]}: {reason}")
         raise ValueError(message) from error
 
 
@@ -99,7 +102,7 @@ def parse_tokenizer_json(text: str) -> tuple[Vocab, Merges]:
 
 def parse_openai_merges(text: str) -> tuple[Vocab, Merges]:
     """OpenAI's file has a comment, then a pair per line: more of them than CLIP uses."""
-    merges = parse_pairs(text.splitlines()[1 : CLIP_MERGES + 1])
+    merges = parse_pairs(itertools.islice(io.StringIO(text), 1, CLIP_MERGES + 1))
     vocab = vocab_of(merges)
     if len(vocab) != CLIP_VOCAB_SIZE:
         raise ValueError(f"its merges make {len(vocab)} tokens, CLIP has {CLIP_VOCAB_SIZE}")

@@ -23,6 +23,7 @@ IN_THE_RECIPE = (
     *options.RUN,
     *("seed", "num_images", "reproduce", "device", "dtype", "ema", "scale", "captions"),
 )
+MOST_ON_A_SHEET = 4096
 EXAMPLES = """examples:
   ldm generate "a red house on green grass at night"
   ldm generate "a red house" "a blue house" -n 4 --grid -o houses.png
@@ -227,7 +228,8 @@ def order_like(path: Path, config: ModelConfig) -> Order:
 
 
 def check_sheet(order: Order) -> None:
-    """A ValueError in one line if what is to be on one sheet would not fit in memory."""
+    """A ValueError in one line if what is to be on one sheet would not fit in memory, or its recipes
+    in one picture."""
     from ldm.settings import check_bytes
 
     first = order.recipes[0]
@@ -235,6 +237,8 @@ def check_sheet(order: Order) -> None:
     count = len(order) if order.grid else 1
     what = f"a sheet of {count} pictures of" if order.grid else "a picture of"
     check_bytes(f"{what} {width}x{height} pixels", 2 * 3 * count * width * height)
+    if count > MOST_ON_A_SHEET:
+        raise ValueError(f"a sheet holds {MOST_ON_A_SHEET:,} pictures at most, not {count:,}")
 
 
 def sign(order: Order, like: Path | None, files: Sequence[Path]) -> Order:

@@ -190,7 +190,9 @@ def training(
 def our_training(setting: Setting, batch: int) -> Callable[[], object]:
     from ldm.checkpoints.loading import load_unet
 
-    unet = load_unet(setting.weights, device=setting.device, config=setting.config)
+    unet = load_unet(
+        setting.weights, device=setting.device, config=setting.config, trainable=True
+    )
     return training(setting, unet, unet, batch)
 
 

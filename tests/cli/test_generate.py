@@ -300,6 +300,7 @@ BAD = {
     "no prompt": ([], "pass a prompt"),
     "no picture": (["red", "--num-images", "0"], "--num-images must be 1 or more, not 0"),
     "too many for a sheet": (["a b", "-n", "100000000", "--grid"], "bytes at once"),
+    "too many for one picture": (["a b", "-n", "5000", "--grid"], "4,096 pictures at most"),
     "too large": (["red", "--height", "10000000", "--width", "10000000"], "bytes at once"),
     "too long": (["red", "--height", "1000000000000"], "bytes at once"),
     "too large a scale": (["red", "--scale", "65"], "--scale must be between 1 and 64, not 65"),

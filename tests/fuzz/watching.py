@@ -12,6 +12,7 @@ that are drawn otherwise are always the same.
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 import time
@@ -59,6 +60,9 @@ class Watch:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)  # this file, or what lies in this folder, may be opened to be read
         self.seen: list[tuple[str, Any]] | None = None
+        # What json may find a text to be written in: Python imports a codec when it is first used.
+        for width in ("8-sig", "16", "16-le", "16-be", "32", "32-le", "32-be"):
+            codecs.lookup(f"utf-{width}")
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: Any) -> None:
