@@ -228,8 +228,8 @@ def order_like(path: Path, config: ModelConfig) -> Order:
 
 
 def check_sheet(order: Order) -> None:
-    """A ValueError in one line if what is to be on one sheet would not fit in memory, or its recipes
-    in one picture."""
+    """A ValueError in one line if what is to be on one sheet would not fit in memory, or its
+    recipes in one picture."""
     from ldm.settings import check_bytes
 
     first = order.recipes[0]
