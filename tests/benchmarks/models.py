@@ -190,9 +190,7 @@ def training(
 def our_training(setting: Setting, batch: int) -> Callable[[], object]:
     from ldm.checkpoints.loading import load_unet
 
-    unet = load_unet(
-        setting.weights, device=setting.device, config=setting.config, trainable=True
-    )
+    unet = load_unet(setting.weights, device=setting.device, config=setting.config, trainable=True)
     return training(setting, unet, unet, batch)
 
 
