@@ -66,23 +66,12 @@ class KnownFile:
 
 # CLIP's vocabulary as it is published for transformers. The bytes follow from OpenAI's own file:
 # its merges, a pair per line, and the tokens that they make, as Python's `json` writes them.
-VOCABULARY = (
-    KnownFile(
-        model="CLIP's vocabulary",
-        repo=CLIP_REPO,
-        file="vocab.json",
-        bytes=961_143,
-        sha256="3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
-        licence="MIT",
-    ),
-    KnownFile(
-        model="CLIP's vocabulary",
-        repo=CLIP_REPO,
-        file="merges.txt",
-        bytes=524_619,
-        sha256="9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
-        licence="MIT",
-    ),
+VOCABULARY = tuple(
+    KnownFile("CLIP's vocabulary", CLIP_REPO, file, size, sha256, licence="MIT")
+    for file, size, sha256 in (
+        ("vocab.json", 961_143, "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69"),
+        ("merges.txt", 524_619, "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"),
+    )
 )
 
 
@@ -190,14 +179,16 @@ def fetch_weights(known: KnownFile, path: Path) -> None:
     those that get the name.
     """
     if path.exists():
-        return check_file(path, known, MOVE_AWAY)
+        check_file(path, known, MOVE_AWAY)
+        return
     part = path.with_name(f".{path.name}.part")
     size = check_offer(known)
     check_room(path.parent, size - (part.stat().st_size if part.exists() else 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         if path.exists():  # by whoever had the lock before
-            return check_file(path, known, MOVE_AWAY)
+            check_file(path, known, MOVE_AWAY)
+            return
         with writing(part), open(part, "a+b", opener=follow_no_link) as file:
             fetch(known, file, size)
             file.seek(0)
@@ -206,21 +197,20 @@ def fetch_weights(known: KnownFile, path: Path) -> None:
             part.unlink()
             raise DownloadError(f"{part} is not {known.model}: {wrong}; {FETCH_AGAIN}")
         part.replace(path)
-    return None
 
 
 def fetch_small(known: KnownFile, path: Path) -> None:
     """As `fetch_weights`, for a file that need not go on where it stopped: nothing is left of it,
     and so it needs no lock."""
     if path.exists():
-        return check_file(path, known, MOVE_AWAY)
+        check_file(path, known, MOVE_AWAY)
+        return
     size = check_offer(known)
     with written_whole(path) as temporary, temporary.open("r+b") as file:
         fetch(known, file, size)
         file.seek(0)
         if wrong := difference(file, known):
             raise DownloadError(f"{path} would not be {known.model}: {wrong}; fetch it again")
-    return None
 
 
 @contextlib.contextmanager
