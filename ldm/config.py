@@ -22,6 +22,7 @@ MOST_LAYERS = 64  # of the text transformer
 WIDEST = 2**16  # channels of any layer
 MOST_TIMESTEPS = 2**16
 BETAS = (1e-6, 1.0)  # smaller ones vanish in float32; 1 leaves nothing of the picture
+PREDICTIONS = ("eps", "v", "x0", "flow")  # what a denoiser can predict: `ldm.schedule.pair_from`
 LEAST_LEFT = 1e-13  # of the picture before the last timestep: `alpha_bar` there
 
 

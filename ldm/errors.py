@@ -88,7 +88,7 @@ class DivergedError(ValueError):
             where no step did.
     """
 
-    def __init__(self, message: str, *, t: int | None = None, x: Tensor | None = None) -> None:
+    def __init__(self, message: str, *, t: float | None = None, x: Tensor | None = None) -> None:
         super().__init__(message)
         self.t = t
         self.x = x

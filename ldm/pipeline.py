@@ -163,6 +163,7 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         like: str | None = None,
+        spacing: str | None = None,
     ) -> list[Image]:
         """Draw pictures of a prompt, or `num_images` of each of several. See `denoise`.
 
@@ -182,6 +183,7 @@ class TextToImage:
             height=height,
             width=width,
             like=like,
+            spacing=spacing,
         )
         return self.draw(settings)
 
@@ -199,6 +201,7 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         like: str | None = None,
+        spacing: str | None = None,
     ) -> Steps:
         """The same run as `pipe(...)`, one `Step` at a time: `pipe.decode(step.x0)` shows it.
 
@@ -208,7 +211,9 @@ class TextToImage:
                 the model's own default, `pipe.config.defaults` (Stable Diffusion v1: 50).
             guidance_scale: how hard to follow the prompt; 1 is without guidance.
             negative_prompt: what to move away from; empty is the plain unconditional model.
-            sampler: "ddim" or "ddpm".
+            sampler: one of `ldm.samplers.SAMPLERS`: "ddim", "ddpm", "plms", "euler",
+                "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", or "lcm", which
+                needs a model made for it.
             eta: for ddim, from 0 (the seed alone decides) to 1 (noise at every step).
             seed: image i draws its noise from a generator of its own, seeded `seed + i`; but see
                 `like`.
@@ -217,6 +222,8 @@ class TextToImage:
             like: whose picture of the seed to draw: None is ours; "compvis" and "diffusers" visit
                 the timesteps of those code bases, and draw the noise of a batch as they do (see
                 `ldm.presets`).
+            spacing: which noise levels the steps visit: "leading", "linspace", "trailing" or
+                "karras" (see `ldm.samplers.grids`); None is the sampler's own way.
 
         Raises:
             ValueError: at the call, before any work, for any argument out of its range.
@@ -234,6 +241,7 @@ class TextToImage:
             height=height,
             width=width,
             like=like,
+            spacing=spacing,
         )
         return self.run(settings)
 

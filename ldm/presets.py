@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from ldm.samplers import SAMPLERS, Generators
-from ldm.schedule import even_timesteps
+from ldm.samplers.grids import RHO, Levels, grid_of
+from ldm.schedule import NoiseLevel, NoiseSchedule, even_timesteps, sigma_of
 
 MAX_SEED = 2**63 - 1
 
@@ -24,8 +26,8 @@ class Preset:
     """What decides a picture besides weights, prompts and settings.
 
     Attributes:
-        timesteps: timesteps(steps, total), noisiest first: when the UNet is asked. A ValueError in
-            one line where that code base fails.
+        grid: grid(sampler, steps, schedule, spacing), the noise levels that a run walks: when the
+            UNet is asked. A ValueError in one line where that code base fails.
         noise_device: where noise is drawn; other devices draw other numbers from the same seed.
         one_generator: whether one generator draws the noise of a whole batch, so that an image
             depends on the size of its batch, or each image has its own, seeded `seed + i`.
@@ -36,7 +38,7 @@ class Preset:
         min_guidance_scale: below it, guidance means something else there.
     """
 
-    timesteps: Callable[[int, int], list[int]]
+    grid: Callable[[str, int, NoiseSchedule, str | None], Levels]
     noise_device: str
     one_generator: bool
     half_latents: bool = False
@@ -56,19 +58,95 @@ class Preset:
         return [torch.Generator(self.noise_device).manual_seed(one) for one in seeds]
 
 
-def diffusers_timesteps(steps: int, total: int) -> list[int]:
-    """The grid of diffusers' DDIMScheduler and DDPMScheduler with Stable Diffusion v1's settings
-    ("leading", steps_offset=1): ours, but that all steps lead out of its table.
+def our_grid(sampler: str, steps: int, schedule: NoiseSchedule, spacing: str | None) -> Levels:
+    """`Sampler.grid`."""
+    return SAMPLERS[sampler].grid(steps, schedule, spacing)
+
+
+# --- diffusers -------------------------------------------------------------------------------
+
+KARRAS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+"""Whose schedulers have `use_karras_sigmas`."""
+
+
+def diffusers_grid(
+    sampler: str, steps: int, schedule: NoiseSchedule, spacing: str | None
+) -> Levels:
+    """The grid of diffusers' scheduler with Stable Diffusion v1's settings (`timestep_spacing`
+    "leading", `steps_offset` 1), and with `use_karras_sigmas` where the spacing is "karras".
 
     Raises:
-        ValueError: `steps` is not within 1 and total - 1.
+        ValueError: there is no such grid there, or none of so many steps.
     """
-    if steps == total:
+    if spacing not in (None, "leading", "karras"):
         raise ValueError(
-            f"diffusers fails with all {total} steps: its first timestep would be {total}, "
-            f"which is none; take {total - 1} at most"
+            f"like='diffusers' draws as Stable Diffusion v1 is set up there, with the spacings "
+            f"leading and karras, not {spacing}"
         )
-    return even_timesteps(steps, total)
+    if spacing == "karras" and sampler not in KARRAS:
+        raise ValueError(f"like='diffusers' has no spacing 'karras' for {sampler}")
+    if sampler == "lcm":  # its grid is the one it was distilled at, there too
+        return our_grid(sampler, steps, schedule, None)
+    if sampler == "plms" and steps == 1:
+        raise ValueError(
+            "like='diffusers' takes plms' only step without its second call: that is ddim"
+        )
+    total, end = schedule.config.num_train_timesteps, SAMPLERS[sampler].end
+    multistep = sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
+    timesteps = diffusers_timesteps(steps, total, multistep=multistep)
+    if spacing != "karras":
+        return grid_of(timesteps, schedule, end=end)
+    # Between the sigmas of the grid, but for multistep methods between those of the whole table;
+    # and these ask at the timestep next to a sigma, the others at the point itself.
+    ends = (total - 1, 0) if multistep else (timesteps[0], timesteps[-1])
+    most, least = (sigma_of(schedule.alpha_bar_at(t)) ** (1 / RHO) for t in ends)
+    most_left, least_left = schedule.alpha_bar[0].item(), schedule.alpha_bar[-1].item()
+    levels = []
+    for k in range(steps):
+        sigma = (most + k / max(steps - 1, 1) * (least - most)) ** RHO
+        # The first and the last are points of the table, but for rounding.
+        alpha_bar = min(max(1 / (1 + sigma**2), least_left), most_left)
+        t = schedule.timestep_at(alpha_bar)
+        levels.append(NoiseLevel(round(t) if multistep else t, alpha_bar))
+    return list(pairwise([*levels, schedule.level(end)]))
+
+
+def diffusers_timesteps(steps: int, total: int, *, multistep: bool = False) -> list[int]:
+    """The timesteps of diffusers' schedulers with Stable Diffusion v1's settings: ours, but that
+    all steps lead out of its table. DPMSolverMultistep and UniPC leave out the last, which is the
+    first of the table, of one step more: 4 are 801, 601, 401, 201.
+
+    Raises:
+        ValueError: `steps` is not within 1 and total - 1, or total - 2 for those two.
+    """
+    most = total - 2 if multistep else total - 1
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+    if steps > most:
+        raise ValueError(
+            f"diffusers fails with {steps} steps: its first timestep would be {total}, "
+            f"which is none; take {most} at most"
+        )
+    return even_timesteps(steps + 1, total)[:-1] if multistep else even_timesteps(steps, total)
+
+
+# --- CompVis ---------------------------------------------------------------------------------
+
+
+def compvis_grid(sampler: str, steps: int, schedule: NoiseSchedule, spacing: str | None) -> Levels:
+    """The grid of CompVis' samplers.
+
+    Raises:
+        ValueError: there is no such grid there, or none of so many steps.
+    """
+    if spacing is not None:
+        raise ValueError(f"like='compvis' has one spacing of its own, not {spacing!r}")
+    timesteps = compvis_timesteps(steps, schedule.config.num_train_timesteps)
+    grid = grid_of(timesteps, schedule, end=SAMPLERS[sampler].end)
+    if sampler == "plms" and len(grid) == 1:  # its second call is not at the end but at t itself
+        here, there = grid[0]
+        return [(here, NoiseLevel(here.t, there.alpha_bar))]
+    return grid
 
 
 def compvis_timesteps(steps: int, total: int) -> list[int]:
@@ -97,26 +175,27 @@ def fits_compvis(steps: int, total: int) -> bool:
     return (total - 1) % (total // steps) != 0
 
 
-OURS = Preset(even_timesteps, noise_device="cpu", one_generator=False)
+# --- The presets -----------------------------------------------------------------------------
+
+OURS = Preset(our_grid, noise_device="cpu", one_generator=False)
 
 # StableDiffusionPipeline with generator=torch.Generator("cpu").manual_seed(seed). Its guidance is
 # off at a scale of 1, as ours is, and below 1 too, where ours is not.
 DIFFUSERS = Preset(
-    diffusers_timesteps,
+    diffusers_grid,
     noise_device="cpu",
     one_generator=True,
     half_latents=True,
-    samplers=("ddim", "ddpm"),
     min_guidance_scale=1.0,
 )
 
-# scripts/txt2img.py with its DDIMSampler, the first batch of a run. Lightning's `seed_everything`
-# takes seeds of 32 bits.
+# scripts/txt2img.py with its DDIMSampler, or with --plms its PLMSSampler, the first batch of a run.
+# Lightning's `seed_everything` takes seeds of 32 bits.
 COMPVIS = Preset(
-    compvis_timesteps,
+    compvis_grid,
     noise_device="cuda",
     one_generator=True,
-    samplers=("ddim",),
+    samplers=("ddim", "plms"),
     max_seed=2**32 - 1,
 )
 
@@ -124,7 +203,14 @@ PRESETS: dict[str | None, Preset] = {None: OURS, "compvis": COMPVIS, "diffusers"
 
 
 def check_preset(
-    like: str | None, *, sampler: str, steps: int, total: int, guidance_scale: float, seed: int
+    like: str | None,
+    *,
+    sampler: str,
+    steps: int,
+    spacing: str | None,
+    schedule: NoiseSchedule,
+    guidance_scale: float,
+    seed: int,
 ) -> None:
     """A ValueError in one line for a name that is no preset, or what its code base cannot do here.
 
@@ -147,7 +233,7 @@ def check_preset(
         )
     if seed > preset.max_seed:
         raise ValueError(f"like={like!r} takes seeds up to {preset.max_seed}, not {seed}")
-    preset.timesteps(steps, total)
+    preset.grid(sampler, steps, schedule, spacing)
     if preset.noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"like={like!r} draws its noise on a CUDA device, and there is none on this machine"

@@ -11,6 +11,8 @@ All of them broadcast `alpha_bar`: a float, or a tensor that broadcasts against 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +50,40 @@ def eps_from_v(x: Tensor, v: Tensor, alpha_bar: float | Tensor) -> Tensor:
     return (1.0 - alpha_bar) ** 0.5 * x + alpha_bar**0.5 * v
 
 
+def pair_from(
+    prediction: str, output: Tensor, x: Tensor, alpha_bar: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps), from what a model says of x: the one place where it matters what that is.
+
+    Args:
+        prediction: one of `ldm.config.PREDICTIONS`: "eps", the noise; "v"; "x0", the clean picture;
+            or "flow", eps - x0, which is the velocity of a straight line between the two
+            (Liu et al. 2022, arXiv:2209.03003), here on our own schedule.
+    """
+    if prediction == "eps":
+        return x0_from_eps(x, output, alpha_bar), output
+    if prediction == "v":
+        return x0_from_v(x, output, alpha_bar), eps_from_v(x, output, alpha_bar)
+    if prediction == "x0":
+        return output, eps_from_x0(x, output, alpha_bar)
+    a, b = alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
+    return (x - b * output) / (a + b), (x + a * output) / (a + b)  # x = a x0 + b eps
+
+
+class NoiseLevel(NamedTuple):
+    """How noisy latents are.
+
+    Attributes:
+        t: what the model is told, from 0 to the last timestep of the table; -1 is the clean
+            picture. A whole number is an int.
+        alpha_bar: the picture's share of the variance, which all equations compute with. As a rule
+            it is that of t, `schedule.level(t)`; where other code rounds t alone, it is not.
+    """
+
+    t: float
+    alpha_bar: float
+
+
 class NoiseSchedule:
     """Betas, their cumulative products, and the grids of timesteps that samplers walk.
 
@@ -67,9 +103,11 @@ class NoiseSchedule:
     def alpha_bar_at(self, t: float) -> float:
         """alpha_bar of one timestep; t = -1 stands for the clean picture, where it is 1.
 
-        Between two timesteps the angle phi is interpolated, of which alpha_bar is the squared
-        cosine (Salimans & Ho 2022, appendix D): it is finite at either end, where the signal's or
-        the noise's logarithm is not.
+        Between two timesteps the logarithm of sigma = sqrt((1 - alpha_bar) / alpha_bar) is a
+        straight line in t, so that a sigma between two of the table is one t (`timestep_at`), as in
+        k-diffusion. Beside the clean picture, and beside pure noise, that logarithm is infinite:
+        there the angle is a straight line, of which alpha_bar is the squared cosine (Salimans & Ho
+        2022, appendix D).
 
         Raises:
             IndexError: t is below -1 or past the table.
@@ -80,8 +118,9 @@ class NoiseSchedule:
         below = math.floor(t)
         if below == t:
             return 1.0 if t == -1 else self.alpha_bar[below].item()
-        low, high = (math.acos(self.alpha_bar_at(n) ** 0.5) for n in (below, below + 1))
-        return math.cos(low + (t - below) * (high - low)) ** 2
+        low, high = self.alpha_bar_at(below), self.alpha_bar_at(below + 1)
+        to, back = scale_between(low, high)
+        return back(to(low) + (t - below) * (to(high) - to(low)))
 
     def timestep_at(self, alpha_bar: float) -> float:
         """The t between 0 and the last timestep of which `alpha_bar_at` gives this alpha_bar.
@@ -95,8 +134,13 @@ class NoiseSchedule:
         above = int((self.alpha_bar.double() > alpha_bar).sum())  # the first timestep not above it
         if self.alpha_bar[above].item() == alpha_bar:
             return float(above)
-        low, high = (math.acos(self.alpha_bar_at(n) ** 0.5) for n in (above - 1, above))
-        return above - 1 + (math.acos(alpha_bar**0.5) - low) / (high - low)
+        low, high = self.alpha_bar_at(above - 1), self.alpha_bar_at(above)
+        to, _ = scale_between(low, high)
+        return above - 1 + (to(alpha_bar) - to(low)) / (to(high) - to(low))
+
+    def level(self, t: float) -> NoiseLevel:
+        """The noise level of a timestep, or of a t between two; -1 is the clean picture."""
+        return NoiseLevel(int(t) if float(t).is_integer() else float(t), self.alpha_bar_at(t))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noise a batch to its timesteps: x0 and noise (B, ...), t int64 (B,) -> (B, ...).
@@ -129,8 +173,11 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must be between 0 and {last}, not {t}")
 
     def timesteps(self, steps: int) -> list[int]:
-        """The grid of `even_timesteps` in this schedule."""
-        return even_timesteps(steps, self.config.num_train_timesteps)
+        """The grid of `usual_timesteps` in this schedule; where that ends in pure noise, it must
+        begin there, and is that of `trailing_timesteps` (Lin et al. 2023, 3.3)."""
+        total = self.config.num_train_timesteps
+        ends_in_noise = self.alpha_bar[-1].item() == 0.0
+        return (trailing_timesteps if ends_in_noise else usual_timesteps)(steps, total)
 
     def ddim_timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The pairs (t, t_prev) that DDIM walks; the last one ends at timestep 0, as SD v1 does,
@@ -164,6 +211,52 @@ def even_timesteps(steps: int, total: int) -> list[int]:
         raise ValueError(f"steps must be between 1 and {total}, not {steps}")
     offset = 0 if steps == total else 1
     return [k * (total // steps) + offset for k in reversed(range(steps))]
+
+
+def trailing_timesteps(steps: int, total: int) -> list[int]:
+    """`steps` evenly spaced timesteps, the first of them the last of the table: (steps - k) *
+    total / steps - 1, rounded (Lin et al. 2023, arXiv:2305.08891, table 2, "trailing").
+
+    Raises:
+        ValueError: `steps` is not within 1 and `total`.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+    return [round(total * k / steps) - 1 for k in reversed(range(1, steps + 1))]
+
+
+def usual_timesteps(steps: int, total: int) -> list[int]:
+    """The grid of DDIM and DDPM: the official one, `even_timesteps`, wherever it begins in the
+    noise, in the last tenth of the table (at 900 of 1000), and `trailing_timesteps` elsewhere.
+
+    Where `steps` do not divide the table, the official grid may end far below the top: 501 steps
+    begin at timestep 501, and what they are given, pure noise, is not what the model knows there.
+    Of up to 10 steps the official grid is kept: people know it, with 4 steps, as 751, 501, 251, 1.
+
+    Raises:
+        ValueError: `steps` is not within 1 and `total`.
+    """
+    official = even_timesteps(steps, total)
+    if steps <= 10 or 10 * official[0] >= 9 * total:
+        return official
+    return trailing_timesteps(steps, total)
+
+
+def sigma_of(alpha_bar: float) -> float:
+    """The noise's standard deviation beside the picture's, sqrt((1 - alpha_bar) / alpha_bar)
+    (Karras et al. 2022); infinite where there is no picture."""
+    return ((1.0 - alpha_bar) / alpha_bar) ** 0.5 if alpha_bar > 0.0 else math.inf
+
+
+def scale_between(low: float, high: float) -> tuple[Callable[[float], float], ...]:
+    """On which scale alpha_bar is a straight line in t between two timesteps of these alpha_bars,
+    and the way back: see `NoiseSchedule.alpha_bar_at`."""
+    if low < 1.0 and high > 0.0:
+        return (
+            lambda alpha_bar: math.log(sigma_of(alpha_bar)),
+            lambda log_sigma: 1.0 / (1.0 + math.exp(2.0 * log_sigma)),
+        )
+    return (lambda alpha_bar: math.acos(alpha_bar**0.5)), (lambda angle: math.cos(angle) ** 2)
 
 
 def pairs(timesteps: list[int], end: int) -> list[tuple[int, int]]:

@@ -17,13 +17,16 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ldm.config import ModelConfig
 from ldm.errors import did_you_mean
 from ldm.presets import MAX_SEED, PRESETS, check_preset
-from ldm.samplers import SAMPLERS
-from ldm.schedule import pairs
+from ldm.samplers import SAMPLERS, SPACINGS
+from ldm.samplers.grids import Levels
+from ldm.schedule import NoiseSchedule
+
+Value = TypeVar("Value")
 
 MAX_BYTES = 2**36
 """What a run may have to hold at once, at most: 64 GiB. More is a mistake, or a recipe that is to
@@ -37,13 +40,15 @@ class Settings:
     Attributes:
         prompts: what to draw, one for each picture of the run.
         negative_prompt: what to move away from; empty is the plain unconditional model.
-        sampler: "ddim" or "ddpm".
+        sampler: one of `ldm.samplers.SAMPLERS`.
         steps: how many intervals the sampler's grid has.
         guidance_scale: how hard to follow the prompts; 1 is without guidance.
         eta: for ddim, from 0 (the seed alone decides) to 1 (noise at every step).
         seed: picture i draws its noise from a generator seeded `seed + i`; but see `like`.
         height, width: of the pictures, in pixels.
         like: whose picture of the seed to draw (`ldm.presets`); None is our own.
+        spacing: how the steps are spaced, one of `ldm.samplers.SPACINGS`; None is the sampler's own
+            way.
     """
 
     prompts: tuple[str, ...]
@@ -56,6 +61,7 @@ class Settings:
     height: int
     width: int
     like: str | None = None
+    spacing: str | None = None
 
     @classmethod
     def of(
@@ -73,28 +79,33 @@ class Settings:
         height: int | None = None,
         width: int | None = None,
         like: str | None = None,
+        spacing: str | None = None,
     ) -> Self:
         """The settings of `num_images` pictures of each prompt, by a model of this config; None is
-        the model's own default.
+        the model's own default, or that of a sampler which was made for another (lcm: 4 steps,
+        guidance 1).
 
         Raises:
             ValueError: in one line, for the first setting that is out of its range.
         """
         defaults = config.defaults
+        name = check_sampler(defaults.sampler if sampler is None else sampler)
+        own = SAMPLERS[name]
         settings = cls(
             prompts=one_per_picture(config, prompt, num_images),
             negative_prompt=negative_prompt,
-            sampler=defaults.sampler if sampler is None else sampler,
-            steps=whole("steps", defaults.steps if steps is None else steps),
+            sampler=name,
+            steps=whole("steps", first(steps, own.steps, defaults.steps)),
             guidance_scale=number(
                 "guidance_scale",
-                defaults.guidance_scale if guidance_scale is None else guidance_scale,
+                first(guidance_scale, own.guidance_scale, defaults.guidance_scale),
             ),
             eta=number("eta", eta),
             seed=whole("seed", seed),
             height=whole("height", config.image_size if height is None else height),
             width=whole("width", config.image_size if width is None else width),
             like=like,
+            spacing=spacing,
         )
         settings.check(config)
         return settings
@@ -111,14 +122,15 @@ class Settings:
             raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
-        if self.sampler not in list(SAMPLERS):  # a list: what has no hash is refused as well
-            near = did_you_mean(str(self.sampler), SAMPLERS)
-            there = ", ".join(SAMPLERS)
-            raise ValueError(f"unknown sampler {self.sampler!r:.80}: there are {there}{near}")
+        check_sampler(self.sampler)
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
         if self.eta != 0.0 and "eta" not in SAMPLERS[self.sampler].options:
             raise ValueError(f"eta is a setting of ddim: {self.sampler} has none")
+        if self.spacing not in [None, *SPACINGS]:
+            near = did_you_mean(str(self.spacing), SPACINGS)
+            there = ", ".join(SPACINGS)
+            raise ValueError(f"unknown spacing {self.spacing!r:.80}: there are {there}{near}")
         if not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
             raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {self.seed}")
         check_bytes(
@@ -129,7 +141,8 @@ class Settings:
             self.like,
             sampler=self.sampler,
             steps=self.steps,
-            total=total,
+            spacing=self.spacing,
+            schedule=NoiseSchedule(config.schedule),
             guidance_scale=self.guidance_scale,
             seed=self.seed,
         )
@@ -150,11 +163,10 @@ class Settings:
         (prompt,) = self.prompts
         return prompt
 
-    def grid(self, config: ModelConfig) -> list[tuple[int, int]]:
-        """The pairs (t, t_prev) that the run walks: one step for each."""
-        total = config.schedule.num_train_timesteps
-        timesteps = PRESETS[self.like].timesteps(self.steps, total)
-        return pairs(timesteps, end=SAMPLERS[self.sampler].end)
+    def grid(self, config: ModelConfig) -> Levels:
+        """The pairs of noise levels that the run walks: one step for each."""
+        schedule = NoiseSchedule(config.schedule)
+        return PRESETS[self.like].grid(self.sampler, self.steps, schedule, self.spacing)
 
     def alone(self, index: int) -> Self:
         """The run that draws picture `index` of this one by itself: the same picture, since its
@@ -234,6 +246,20 @@ def check_bytes(what: str, needed: int) -> None:
     """A ValueError in one line if `what` would need more memory than a run may take."""
     if needed > MAX_BYTES:
         raise ValueError(f"{what}: that takes {needed:,} bytes at once, more than {MAX_BYTES:,}")
+
+
+def check_sampler(name: str) -> str:
+    """The name itself, if a sampler has it."""
+    if name not in list(SAMPLERS):  # a list: what has no hash is refused as well
+        near = did_you_mean(str(name), SAMPLERS)
+        there = ", ".join(SAMPLERS)
+        raise ValueError(f"unknown sampler {name!r:.80}: there are {there}{near}")
+    return name
+
+
+def first(*values: Value | None) -> Value:
+    """The first of these that is there."""
+    return next(value for value in values if value is not None)
 
 
 def whole(name: str, value: int) -> int:

@@ -16,7 +16,7 @@ import ldm
 from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.device import default_dtype
 from ldm.pipeline import TextToImage
-from ldm.samplers import Step
+from ldm.samplers import SAMPLERS, Step
 from ldm.tokenizer import Tokenizer
 from tests.helpers import relative_error, tiny_model
 
@@ -52,6 +52,18 @@ def test_denoise_and_call_give_the_same_picture(pipe: TextToImage) -> None:
     called = pipe("a red house", **settings)
     stepped = pipe.decode(final_latents(pipe.denoise("a red house", **settings)))
     assert [a.tobytes() for a in called] == [b.tobytes() for b in stepped]
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddim", "ddpm")])
+def test_every_sampler_draws_and_a_picture_does_not_depend_on_its_batch(
+    pipe: TextToImage, sampler: str
+) -> None:
+    settings = {"steps": 3, "sampler": sampler, "spacing": "linspace", "guidance_scale": 2.0}
+    together = final_latents(pipe.denoise("red", seed=7, num_images=2, **settings))
+    assert together.isfinite().all()
+    for i in range(2):
+        alone = final_latents(pipe.denoise("red", seed=7 + i, **settings))
+        assert relative_error(together[i : i + 1], alone) <= 1e-5  # as in the other test of this
 
 
 def test_call_and_denoise_take_the_same_arguments() -> None:
@@ -143,7 +155,8 @@ def test_encode_undoes_the_scaling_of_decode(pipe: TextToImage) -> None:
 
 BAD = {
     "steps": [0, 1001, -3, 2.5],
-    "sampler": ["euler", "", ["ddim"], 1],
+    "sampler": ["eula", "", ["ddim"], 1],
+    "spacing": ["even", "", ["karras"], 1],
     "height": [0, 15, -16],
     "width": [3],
     "eta": [-0.1, 1.5, float("nan")],

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.errors import DivergedError
 from ldm.samplers import SAMPLERS, Known, Prediction, Step, Steps, ddim, ddpm, guide, sample
 from ldm.samplers.soundness import LARGEST, Watch, is_sound
-from ldm.schedule import NoiseSchedule, noised, pairs
+from ldm.schedule import NoiseLevel, NoiseSchedule, noised
 from tests.helpers import randn, rng
 
 SCHEDULE = NoiseSchedule()
@@ -40,8 +40,12 @@ def start(batch: int = 2, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def run(kind: str, x: Tensor, steps: int = 6, eps_fn=gaussian_eps, seed: int = 10) -> Steps:
-    """A sampler by its name: ddim at eta 0 ("ddim"), at eta 0.6 ("noisy ddim"), or ddpm."""
+    """A sampler by its name: ddim at eta 0 ("ddim"), at eta 0.6 ("noisy ddim"), or another."""
     generators = [rng(seed + i) for i in range(len(x))]
+    if kind in OTHERS:
+        sampler = SAMPLERS[kind]
+        grid = sampler.grid(steps, SCHEDULE)
+        return sample(sampler.rule, eps_fn, x, grid, SCHEDULE, generators=generators)
     if kind == "ddpm":
         return ddpm(eps_fn, x, SCHEDULE.ddpm_timesteps(steps), SCHEDULE, generators=generators)
     eta = 0.6 if kind == "noisy ddim" else 0.0
@@ -49,7 +53,10 @@ def run(kind: str, x: Tensor, steps: int = 6, eps_fn=gaussian_eps, seed: int = 1
     return ddim(eps_fn, x, pairs, SCHEDULE, eta=eta, generators=generators if eta else None)
 
 
-every_sampler = pytest.mark.parametrize("kind", ["ddim", "noisy ddim", "ddpm"])
+OTHERS = [name for name in SAMPLERS if name not in ("ddim", "ddpm")]
+every_sampler = pytest.mark.parametrize("kind", ["ddim", "noisy ddim", "ddpm", *OTHERS])
+ONE_CALL = [name for name in OTHERS if name not in ("plms", "heun")]
+one_call_a_step = pytest.mark.parametrize("kind", ["ddim", "noisy ddim", "ddpm", *ONE_CALL])
 
 
 def tensors(step: Step) -> dict[str, Tensor]:
@@ -64,8 +71,12 @@ def tensors(step: Step) -> dict[str, Tensor]:
 def test_steps_are_numbered_and_walk_the_pairs(kind: str, device: str) -> None:
     x = start(device=device)
     steps = list(run(kind, x))
-    grid = SCHEDULE.ddpm_timesteps(6) if kind == "ddpm" else SCHEDULE.ddim_timesteps(6)
-    assert [(s.t, s.t_prev) for s in steps] == grid
+    grid = SAMPLERS[kind.removeprefix("noisy ")].grid(6, SCHEDULE)
+    assert [(s.t, s.t_prev) for s in steps] == [(here.t, there.t) for here, there in grid]
+    assert [(s.alpha_bar, s.alpha_bar_prev) for s in steps] == [
+        (here.alpha_bar, there.alpha_bar) for here, there in grid
+    ]
+    assert all(s.alpha_bar == SCHEDULE.alpha_bar_at(s.t) for s in steps)
     assert [s.index for s in steps] == list(range(6))
     assert torch.equal(steps[0].x, x)
     for before, after in pairwise(steps):
@@ -86,7 +97,7 @@ def test_fields_of_a_step_fit_together(kind: str, device: str) -> None:
         torch.testing.assert_close(again, step.x, rtol=0, atol=1e-5)
 
 
-@every_sampler
+@one_call_a_step
 def test_model_is_asked_once_per_step_with_one_timestep_per_image(kind: str, device: str) -> None:
     asked = []
 
@@ -140,7 +151,7 @@ def test_send_goes_on_from_what_was_sent(kind: str, device: str) -> None:
     assert all(torch.equal(a.x_prev, b.x_prev) for a, b in zip(again, usual, strict=True))
 
 
-@every_sampler
+@one_call_a_step
 def test_a_sampler_can_be_left_early(kind: str) -> None:
     asked = []
 
@@ -157,7 +168,7 @@ def test_a_sampler_can_be_left_early(kind: str) -> None:
     assert list(generator) == []
 
 
-@every_sampler
+@one_call_a_step
 def test_gradients_are_off_inside_and_the_callers_mode_is_its_own(kind: str) -> None:
     inside = []
 
@@ -202,9 +213,13 @@ def test_noise_without_one_generator_per_image_is_refused_at_the_call(
 @pytest.mark.parametrize(
     "timesteps, match",
     [
-        (SCHEDULE.timesteps(4), r"must be pairs of integers \(t, t_prev\).*not 751"),
-        ([(5.5, 3)], r"must be pairs of integers.*not \(5.5, 3\)"),
-        ([(5, 3, 1)], r"must be pairs of integers.*not \(5, 3, 1\)"),
+        (SCHEDULE.timesteps(4), r"must be pairs \(t, t_prev\) of numbers.*not 751"),
+        ([("5", 3)], r"must be pairs.*not \('5', 3\)"),
+        ([(5, 3, 1)], r"must be pairs.*not \(5, 3, 1\)"),
+        ([SCHEDULE.level(5)], r"must be pairs.*not NoiseLevel\(t=5, "),
+        ([(math.nan, 3)], "between 0 and 999, not nan"),
+        ([(5, -0.5)], "between 0 and 999, not -0.5"),
+        ([(NoiseLevel(1000, 0.1), 3)], "between 0 and 999, not 1000"),
         ([(5, 3), (5000, 3)], "between 0 and 999, not 5000"),
         ([(-1, -1)], "between 0 and 999, not -1"),
         ([(5, -2)], "between 0 and 999, not -2"),
@@ -254,7 +269,7 @@ def test_latents_are_sound_while_they_are_numbers_of_a_sane_size(dtype, device: 
         assert not is_sound(spoilt), value
 
 
-@every_sampler
+@one_call_a_step
 @pytest.mark.parametrize(
     "value, kind_of",
     [(torch.nan, "NaN"), (torch.inf, "(NaN|infinity)"), (1e30, "numbers as large")],
@@ -289,17 +304,15 @@ def test_a_run_that_starts_from_nothing_sound_says_so() -> None:
 
 def test_who_looks_only_at_the_end_still_learns_which_step_it_was() -> None:
     """As on a GPU, where to look at every step would be to wait for it."""
-    x, grid = start(), SCHEDULE.ddim_timesteps(4)
+    x, times = start(), SCHEDULE.timesteps(4)
     watch = Watch(x)
     given = [x, x + 1, (x + 1) * torch.nan, x * torch.nan]
     for index, latents in enumerate(given):
         watch.see(index, latents)
-    with pytest.raises(
-        DivergedError, match=rf"NaN after step 2 of 4 \(t = {grid[1][0]}\)"
-    ) as error:
-        watch.check(x * torch.nan, grid)
+    with pytest.raises(DivergedError, match=rf"NaN after step 2 of 4 \(t = {times[1]}\)") as error:
+        watch.check(x * torch.nan, times)
     assert torch.equal(error.value.x, given[1])
-    watch.check(x, grid)  # sound in the end: nothing is wrong
+    watch.check(x, times)  # sound in the end: nothing is wrong
 
 
 # --- Rules -----------------------------------------------------------------------------------
@@ -358,6 +371,27 @@ def test_a_rule_may_ask_between_the_timesteps_of_the_table_and_not_beyond() -> N
             next(sample(rule_at(t), eps_fn, start(), [(900, 100)], SCHEDULE))
 
 
+def test_a_grid_may_be_of_noise_levels_and_of_points_between_timesteps() -> None:
+    """A noise level is given with what the model is to be told of it; a t alone is the table's."""
+    asked: list[Tensor] = []
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return 0.1 * x
+
+    here, there = NoiseLevel(700, 0.2), NoiseLevel(400, 0.6)
+    x = start(dtype=torch.float64)
+    step, last = ddim(eps_fn, x, [(here, there), (there, 0.5)], SCHEDULE)
+    assert (step.t, step.alpha_bar, step.alpha_bar_prev) == (700, 0.2, 0.6)
+    torch.testing.assert_close(step.x_prev, noised(step.x0, step.eps, 0.6))
+    assert (last.t_prev, last.alpha_bar_prev) == (0.5, SCHEDULE.alpha_bar_at(0.5))
+    list(ddim(eps_fn, x, [(500.5, 3)], SCHEDULE))
+    assert [(t.dtype, t.tolist()) for t in asked[1:]] == [
+        (torch.int64, [400, 400]),
+        (torch.float32, [500.5, 500.5]),
+    ]
+
+
 def test_a_rule_of_ones_own_may_walk_upwards() -> None:
     up = [(t_prev, t) for t, t_prev in reversed(SCHEDULE.ddim_timesteps(4))]
     rule = functools.partial(SAMPLERS["ddim"].rule, eta=0.0)
@@ -390,19 +424,19 @@ def test_a_rule_that_draws_needs_generators() -> None:
         next(steps)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_sampler_by_its_name_is_the_public_function(name: str) -> None:
     sampler = SAMPLERS[name]
     options = dict.fromkeys(sampler.options, 0.6)
     rule = functools.partial(sampler.rule, **options)
-    grid = pairs(SCHEDULE.timesteps(5), end=sampler.end)
+    grid = sampler.grid(5, SCHEDULE)
     x, function = start(), {"ddim": ddim, "ddpm": ddpm}[name]
     by_name = sample(rule, gaussian_eps, x, grid, SCHEDULE, generators=[rng(1), rng(2)])
     called = function(gaussian_eps, x, grid, SCHEDULE, generators=[rng(1), rng(2)], **options)
     for a, b in zip(by_name, called, strict=True):
         assert torch.equal(a.x_prev, b.x_prev)
     own = SCHEDULE.ddim_timesteps(5) if name == "ddim" else SCHEDULE.ddpm_timesteps(5)
-    assert grid == own
+    assert [(here.t, there.t) for here, there in grid] == own
 
 
 # --- Randomness ------------------------------------------------------------------------------

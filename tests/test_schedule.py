@@ -16,6 +16,7 @@ from ldm.schedule import (
     NoiseSchedule,
     eps_from_v,
     eps_from_x0,
+    even_timesteps,
     noised,
     pairs,
     v_from_eps,
@@ -82,28 +83,36 @@ def test_alpha_bar_at_is_the_table_and_one_for_the_clean_picture() -> None:
             SCHEDULE.alpha_bar_at(t)
 
 
-def test_alpha_bar_falls_smoothly_between_timesteps_and_is_turned_around() -> None:
-    """By the angle whose squared cosine it is: half way between two the angle is half way."""
-    for below in (-1, 0, 500, 998):
-        inside = [SCHEDULE.alpha_bar_at(below + n / 8) for n in range(9)]
-        assert inside == sorted(inside, reverse=True) and len(set(inside)) == 9
-        angles = [math.acos(a**0.5) for a in inside]
-        assert angles[4] == pytest.approx((angles[0] + angles[8]) / 2, abs=1e-12)
-    for t in (0, 0.25, 1, 499.5, 998.999, 999):
-        assert SCHEDULE.timestep_at(SCHEDULE.alpha_bar_at(t)) == pytest.approx(t, abs=1e-9)
+def test_between_two_timesteps_the_logarithm_of_sigma_is_a_straight_line() -> None:
+    def log_sigma(t: float) -> float:
+        a = SCHEDULE.alpha_bar_at(t)
+        return math.log((1 - a) / a) / 2
+
+    for t in (0.25, 41.5, 998.9):
+        share = t - math.floor(t)
+        low, high = log_sigma(math.floor(t)), log_sigma(math.floor(t) + 1)
+        assert log_sigma(t) == pytest.approx((1 - share) * low + share * high, abs=1e-12)
+        assert SCHEDULE.timestep_at(SCHEDULE.alpha_bar_at(t)) == pytest.approx(t, abs=1e-8)
+    assert SCHEDULE.level(3.0) == (3, SCHEDULE.alpha_bar_at(3))
+    assert isinstance(SCHEDULE.level(3.0).t, int) and isinstance(SCHEDULE.level(3.5).t, float)
+
+
+def test_beside_the_clean_picture_and_pure_noise_the_angle_is_a_straight_line() -> None:
+    """There the logarithm is infinite."""
+    schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=3, betas=(0.1, 0.2, 1.0)))
+    angle = {t: math.acos(schedule.alpha_bar_at(t) ** 0.5) for t in (-1, -0.5, 0, 1, 1.5, 2)}
+    assert angle[-0.5] == pytest.approx(angle[0] / 2, abs=1e-9)
+    assert angle[1.5] == pytest.approx((angle[1] + math.pi / 2) / 2, abs=1e-9)
+    assert schedule.timestep_at(schedule.alpha_bar_at(1.5)) == pytest.approx(1.5, abs=1e-9)
+
+
+def test_what_the_table_does_not_reach_is_refused() -> None:
     for outside in (1.0, 0.9992, 0.004, math.nan):
         with pytest.raises(ValueError, match=r"alpha_bar must be between 0\.0046\d+ and 0\.99915"):
             SCHEDULE.timestep_at(outside)
     for t in (-1.5, 999.5, math.nan):
         with pytest.raises(IndexError, match="out of range"):
             SCHEDULE.alpha_bar_at(t)
-
-
-def test_alpha_bar_is_continuous_down_to_pure_noise() -> None:
-    schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=2, betas=(0.5, 1.0)))
-    assert schedule.alpha_bar_at(0.5) == pytest.approx(math.cos(math.radians(67.5)) ** 2)
-    assert schedule.alpha_bar_at(0.999) < 1e-5 and schedule.alpha_bar_at(1) == 0.0
-    assert schedule.timestep_at(0.0) == 1.0
 
 
 def test_schedule_follows_its_config() -> None:
@@ -222,13 +231,28 @@ def test_functions_broadcast_a_tensor_of_alpha_bars() -> None:
 # --- The grids -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [*range(1, 60), 99, 250, 333, 334, 499, 500, 501, 998, 999, 1000])
-def test_grid_has_exactly_the_asked_steps_within_the_table(steps: int) -> None:
-    grid = SCHEDULE.timesteps(steps)
-    assert len(grid) == steps
-    assert all(0 <= t <= 999 for t in grid)
-    assert grid == sorted(set(grid), reverse=True)
-    assert {a - b for a, b in pairwise(grid)} <= {1000 // steps}
+def test_grid_has_exactly_the_asked_steps_within_the_table_and_begins_in_the_noise() -> None:
+    """The official one where that does; pure noise is not what a model knows at t = 501."""
+    for steps in range(1, 1001):
+        grid = SCHEDULE.timesteps(steps)
+        assert len(grid) == steps
+        assert all(0 <= t <= 999 for t in grid)
+        assert grid == sorted(set(grid), reverse=True)
+        if steps > 10:
+            assert grid[0] >= 900
+        if grid == even_timesteps(steps, 1000):
+            assert {a - b for a, b in pairwise(grid)} <= {1000 // steps}
+        else:
+            assert even_timesteps(steps, 1000)[0] < 900 and grid[0] == 999
+            assert {a - b for a, b in pairwise(grid)} <= {1000 // steps, 1000 // steps + 1}
+    other = [s for s in range(1, 1001) if SCHEDULE.timesteps(s) != even_timesteps(s, 1000)]
+    assert other[0] == 112 and {334, 350, 501, 899} <= set(other)
+    assert not {10, 50, 100, 200, 250, 333, 500, 900, 999, 1000} & set(other)
+
+
+def test_a_table_that_ends_in_pure_noise_is_walked_from_its_end() -> None:
+    schedule = NoiseSchedule(ScheduleConfig(num_train_timesteps=4, betas=(0.1, 0.2, 0.5, 1.0)))
+    assert schedule.timesteps(2) == [3, 1] and SCHEDULE.timesteps(2) == [501, 1]
 
 
 def test_grids_written_out() -> None:

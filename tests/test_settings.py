@@ -141,15 +141,56 @@ def test_a_field_with_a_default_may_be_missing_and_no_other() -> None:
 
 
 def test_the_grid_is_the_presets_timesteps_with_the_samplers_end() -> None:
-    assert Settings.of(CONFIG, "a", steps=3).grid(CONFIG) == [(667, 334), (334, 1), (1, 0)]
-    assert Settings.of(CONFIG, "a", steps=2, sampler="ddpm").grid(CONFIG) == [(501, 1), (1, -1)]
+    def walked(**asked: object) -> list[tuple[float, float]]:
+        grid = Settings.of(CONFIG, "a", **asked).grid(CONFIG)
+        return [(here.t, there.t) for here, there in grid]
+
+    assert walked(steps=3) == [(667, 334), (334, 1), (1, 0)]
+    assert walked(steps=2, sampler="ddpm") == [(501, 1), (1, -1)]
+    assert walked(steps=2, sampler="euler") == [(999, 499), (499, -1)]
+    assert walked(steps=2, sampler="euler", spacing="leading") == [(501, 1), (1, -1)]
     compvis = dataclasses.replace(Settings.of(CONFIG, "a", steps=7), like="compvis")
     assert len(compvis.grid(CONFIG)) == 8
 
 
 def test_fresh_noise_is_ddpms_and_that_of_an_eta() -> None:
     noisy = [Settings.of(CONFIG, "a", sampler="ddpm"), Settings.of(CONFIG, "a", eta=0.1)]
-    assert [one.adds_noise for one in (*noisy, Settings.of(CONFIG, "a"))] == [True, True, False]
+    noisy.append(Settings.of(CONFIG, "a", sampler="dpmpp_2m_sde"))
+    assert all(one.adds_noise for one in noisy)
+    assert not Settings.of(CONFIG, "a", sampler="heun").adds_noise
+
+
+def test_a_sampler_made_for_other_models_brings_its_own_defaults() -> None:
+    settings = Settings.of(SD_V1, "a", sampler="lcm")
+    assert (settings.steps, settings.guidance_scale) == (4, 1.0)
+    asked = Settings.of(SD_V1, "a", sampler="lcm", steps=2, guidance_scale=1.5)
+    assert (asked.steps, asked.guidance_scale) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"sampler": "euler", "eta": 0.5}, "eta is a setting of ddim: euler has none"),
+        ({"spacing": "karas"}, "unknown spacing 'karas': there are leading, linspace.*karras"),
+        ({"spacing": 3}, "unknown spacing 3"),
+        ({"sampler": "lcm", "steps": 51}, "lcm was distilled at 50 timesteps: steps must be 1 to"),
+        ({"sampler": ["euler"]}, "unknown sampler"),
+        (
+            {"like": "diffusers", "sampler": "euler_ancestral", "spacing": "karras"},
+            "like='diffusers' has no spacing 'karras' for euler_ancestral",
+        ),
+        ({"like": "diffusers", "spacing": "trailing"}, "leading and karras, not trailing"),
+        ({"like": "diffusers", "sampler": "plms", "steps": 1}, "that is ddim"),
+        ({"like": "compvis", "spacing": "leading"}, "one spacing of its own, not 'leading'"),
+        ({"like": "compvis", "sampler": "euler"}, "has no sampler 'euler': there is ddim, plms"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(
+    asked: dict[str, object], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        Settings.of(CONFIG, "a", **asked)
+    assert "\n" not in str(error.value)
 
 
 def test_settings_of_a_file_are_checked_like_all_others() -> None:
@@ -158,7 +199,7 @@ def test_settings_of_a_file_are_checked_like_all_others() -> None:
         ({"steps": 1001}, "steps must be between 1 and 1000"),
         ({"height": 15}, "height must be a positive multiple of 2"),
         ({"prompts": []}, "the prompt is empty"),
-        ({"sampler": "euler"}, f"unknown sampler 'euler': there are {', '.join(SAMPLERS)}"),
+        ({"sampler": "euleR"}, f"unknown sampler 'euleR': there are {', '.join(SAMPLERS)}"),
     ):
         with pytest.raises(ValueError, match=match):
             Settings.from_dict(fields | change).check(CONFIG)

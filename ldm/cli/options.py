@@ -30,12 +30,20 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-SAMPLERS = ("ddim", "ddpm")  # ldm.samplers.SAMPLERS
+# ldm.samplers.SAMPLERS and SPACINGS
+SAMPLERS = (
+    *("ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun"),
+    *("dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"),
+)
+SPACINGS = ("leading", "linspace", "trailing", "karras")
 LIKE = ("compvis", "diffusers")  # ldm.presets.PRESETS, but for our own
 DTYPES = ("float32", "float16", "bfloat16")  # of torch
 EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
 MODELS_OWN = "default: the model's own"
-RUN = ("steps", "sampler", "guidance_scale", "negative_prompt", "eta", "height", "width")
+RUN = (
+    *("steps", "sampler", "spacing", "guidance_scale", "negative_prompt"),
+    *("eta", "height", "width"),
+)
 """The settings of a run that options ask for by their own names, but for the seed."""
 MAX_SCALE = 64  # of ldm.recipe
 LONGEST_PATH = 4096  # characters, on Linux
@@ -62,6 +70,11 @@ def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
     """The settings of a run but for its prompt; what is not given is None where the model has a
     default of its own."""
     add_sampler_options(p)
+    p.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help=f"which noise levels to visit: {', '.join(SPACINGS)} (default: the sampler's own)",
+    )
     p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
     p.add_argument(
         "--eta", type=float, default=0.0, metavar="E", help="ddim's noise, 0 to 1 (%(default)s)"
@@ -77,7 +90,7 @@ def add_sampler_options(p: argparse.ArgumentParser) -> None:
         *("-k", "--steps"), type=int, metavar="N", help=f"sampler steps, 1 to 1000 ({MODELS_OWN})"
     )
     named = p.add_argument(
-        "--sampler", metavar="NAME", help=f"{' or '.join(SAMPLERS)} ({MODELS_OWN})"
+        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} ({MODELS_OWN})"
     )
     named.completer = lambda **_: SAMPLERS  # type: ignore[attr-defined]  # what argcomplete asks
     p.add_argument(

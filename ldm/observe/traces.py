@@ -65,7 +65,8 @@ class Trace:
         words: which tokens make which word. The first is the start token; the last is the end,
             with all the end tokens that fill the rest of the L places.
         heads: of each cross-attention layer.
-        t, t_prev: the timestep before and after each step, S integers each.
+        t, t_prev: the timestep before and after each step, S numbers each: integers, but for
+            samplers that visit points between two timesteps.
         alpha_bar: at each t, S numbers.
         x: the noisy latents before each step, (S, C, h, w), as are the next four.
         eps: the noise predicted in x; x0: the clean estimate that it implies.
@@ -82,8 +83,8 @@ class Trace:
     tokens: tuple[str, ...]
     words: tuple[Word, ...]
     heads: int
-    t: tuple[int, ...]
-    t_prev: tuple[int, ...]
+    t: tuple[float, ...]
+    t_prev: tuple[float, ...]
     alpha_bar: tuple[float, ...]
     x: Tensor
     eps: Tensor
@@ -350,13 +351,16 @@ def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
     if settings.num_images != 1:
         raise ValueError("a trace is of one picture: for several, trace each on its own")
     run = pipe.run(settings)
-    times: list[tuple[int, int, float]] = []
+    times: list[tuple[float, float, float]] = []
     tensors: dict[str, list[Tensor]] = {name: [] for name in STEPWISE}
     with record(
         pipe.unet, "*.cross_attention.weights", reduce=conditional_mean, max_bytes=None
     ) as recorded:
         for step in run:
-            times.append((step.t, step.t_prev, pipe.schedule.alpha_bar_at(step.t)))
+            # A rule that asks the model once more, within its step, has more maps: those are left.
+            for calls in recorded.values():
+                del calls[len(times) + 1 :]
+            times.append((step.t, step.t_prev, step.alpha_bar))
             for name, values in tensors.items():
                 if (value := getattr(step, name)) is not None:  # None: there was no guidance
                     values.append(value.cpu())
@@ -397,8 +401,10 @@ def read_facts(text: str) -> dict[str, Any]:
         raise ValueError(f"its metadata does not have just the fields {', '.join(FACTS)}")
     if type(facts["model"]) is not str or type(facts["heads"]) is not int:
         raise ValueError(f"model is {facts['model']!r:.80}, heads {facts['heads']!r:.80}")
-    for name, kind in {"tokens": str, "t": int, "t_prev": int, "alpha_bar": float}.items():
-        facts[name] = listed(name, facts[name], kind)
+    facts["tokens"] = listed("tokens", facts["tokens"], str)
+    facts["alpha_bar"] = listed("alpha_bar", facts["alpha_bar"], float)
+    for name in ("t", "t_prev"):
+        facts[name] = listed(name, facts[name], int, float)
     facts["settings"] = Settings.from_dict(facts["settings"])
     facts["words"] = tuple(map(read_word, listed("words", facts["words"], dict)))
     return facts
@@ -411,8 +417,8 @@ def read_word(fields: Mapping[str, Any]) -> Word:
     return Word(fields["text"], listed("tokens", fields["tokens"], int))
 
 
-def listed(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    """A list of JSON, of one type alone: True is no number. A ValueError if it is not."""
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        raise ValueError(f"{name} must be a list of {kind.__name__}, not {values!r:.80}")
+def listed(name: str, values: object, *kinds: type) -> tuple[Any, ...]:
+    """A list of JSON, of these types alone: True is no number. A ValueError if it is not."""
+    if not isinstance(values, list) or not all(type(value) in kinds for value in values):
+        raise ValueError(f"{name} must be a list of {kinds[0].__name__}, not {values!r:.80}")
     return tuple(values)

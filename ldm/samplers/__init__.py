@@ -4,27 +4,38 @@
         show(step.x0)
 
     loop.py       the one loop: asks for the noise, applies a rule, yields everything it knows
-    rules.py      the rules, one per sampler: the equation of its paper. A new sampler goes there,
-                  its name here, and into the options of the command (`ldm.cli.options`)
+    rules.py      ddim and ddpm: a rule is the equation of its paper
+    solvers.py    rules that look at one step: euler, euler_ancestral, heun, lcm
+    multistep.py  rules that look back: plms, dpmpp_2m, dpmpp_2m_sde, unipc
+    grids.py      which noise levels a run visits
+    by_name.py    what `pipe(sampler=...)` finds. A new sampler is a rule in one of the three files,
+                  a line there, and its name in the options of the command (`ldm.cli.options`)
     guidance.py   classifier-free guidance: two predictions made into one
     noise.py      where random numbers come from
     soundness.py  whether latents are still numbers of a sane size
 
-Samplers know no model, so they run as well on a closed form as on a UNet. Each is a function that
-returns a generator: `generator.send(new_x)` goes on from `new_x` instead of `step.x_prev`, and
-returns the next Step.
+Samplers know no model, so they run as well on a closed form as on a UNet. `ddim`, `ddpm`, and
+`sample` with any rule, return a generator: `generator.send(new_x)` goes on from `new_x` instead of
+`step.x_prev`, and returns the next Step.
 """
 
+from ldm.samplers.by_name import SAMPLERS, Sampler
+from ldm.samplers.grids import SPACINGS
 from ldm.samplers.guidance import guide
-from ldm.samplers.loop import EpsFn, Known, Prediction, Rule, Step, Steps, sample
+from ldm.samplers.loop import EpsFn, Grid, Known, Moment, Prediction, Rule, Step, Steps, sample
+from ldm.samplers.multistep import dpmpp_2m_rule, dpmpp_2m_sde_rule, plms_rule, unipc_rule
 from ldm.samplers.noise import Generators, draw_noise
-from ldm.samplers.rules import SAMPLERS, Sampler, ddim, ddpm
+from ldm.samplers.rules import ddim, ddpm
+from ldm.samplers.solvers import euler_ancestral_rule, euler_rule, heun_rule, lcm_rule
 
 __all__ = [
     "SAMPLERS",
+    "SPACINGS",
     "EpsFn",
     "Generators",
+    "Grid",
     "Known",
+    "Moment",
     "Prediction",
     "Rule",
     "Sampler",
@@ -32,7 +43,15 @@ __all__ = [
     "Steps",
     "ddim",
     "ddpm",
+    "dpmpp_2m_rule",
+    "dpmpp_2m_sde_rule",
     "draw_noise",
+    "euler_ancestral_rule",
+    "euler_rule",
     "guide",
+    "heun_rule",
+    "lcm_rule",
+    "plms_rule",
     "sample",
+    "unipc_rule",
 ]

@@ -1,18 +1,18 @@
-"""The rules: what each sampler does with what a step knows, its paper's equation in a few lines.
+"""DDIM and DDPM: their rules, and as functions that check what they are given.
 
-A sampler is a rule (`Known` -> `x_prev`), a public function that checks its arguments and hands the
-rule to the loop, and a line in `SAMPLERS`, by which `pipe(sampler=...)` finds it.
+A rule is what a sampler does with what a step knows (`Known` -> `x_prev`), its paper's equation in
+a few lines. The others' are in `ldm.samplers.solvers` and `ldm.samplers.multistep`; any of them is
+used alone by `sample(rule, eps_fn, x, timesteps, schedule)`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm.samplers.loop import EpsFn, Known, Steps, check_grid, sample
+from ldm.samplers.grids import Levels
+from ldm.samplers.loop import EpsFn, Grid, Known, Steps, check_grid, sample
 from ldm.samplers.noise import Generators, check_generators
 from ldm.schedule import NoiseSchedule
 
@@ -40,16 +40,16 @@ def ddpm_rule(known: Known) -> Tensor:
     x_share = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
     mean = x0_share * known.x0 + x_share * known.x
-    return mean if known.t_prev < 0 else mean + variance**0.5 * known.draw()
+    return mean if alpha_bar_prev == 1.0 else mean + variance**0.5 * known.draw()
 
 
-def falling(timesteps: Sequence[tuple[int, int]], schedule: NoiseSchedule) -> list[tuple[int, int]]:
+def falling(timesteps: Grid, schedule: NoiseSchedule) -> Levels:
     """The grid of a sampler that goes from noise to a picture, or a ValueError."""
     grid = check_grid(timesteps, schedule)
-    for t, t_prev in grid:
-        if t_prev > t:
+    for here, there in grid:
+        if there.alpha_bar < here.alpha_bar:
             raise ValueError(
-                f"timesteps must be falling, from noise to picture, not ({t}, {t_prev})"
+                f"timesteps must be falling, from noise to picture, not ({here.t}, {there.t})"
             )
     return grid
 
@@ -60,11 +60,12 @@ def falling(timesteps: Sequence[tuple[int, int]], schedule: NoiseSchedule) -> li
 def ddim(
     eps_fn: EpsFn,
     x: Tensor,
-    timesteps: Sequence[tuple[int, int]],
+    timesteps: Grid,
     schedule: NoiseSchedule,
     *,
     eta: float = 0.0,
     generators: Generators | None = None,
+    prediction: str = "eps",
 ) -> Steps:
     """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12).
 
@@ -75,6 +76,7 @@ def ddim(
         schedule: gives alpha_bar.
         eta: 0 is deterministic, 1 adds as much noise per step as DDPM does.
         generators: for the noise of eta > 0, see `draw_noise`.
+        prediction: what `eps_fn` predicts, see `sample`.
 
     Raises:
         ValueError: at the call, for an eta outside [0, 1], noise without its generators, or
@@ -87,16 +89,17 @@ def ddim(
     if eta > 0.0:
         check_generators(generators, x)
     rule = functools.partial(ddim_rule, eta=eta)
-    return sample(rule, eps_fn, x, grid, schedule, generators=generators)
+    return sample(rule, eps_fn, x, grid, schedule, generators=generators, prediction=prediction)
 
 
 def ddpm(
     eps_fn: EpsFn,
     x: Tensor,
-    timesteps: Sequence[tuple[int, int]],
+    timesteps: Grid,
     schedule: NoiseSchedule,
     *,
     generators: Generators | None = None,
+    prediction: str = "eps",
 ) -> Steps:
     """DDPM's ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2). The variance is
     the posterior's ("fixed small", beta-tilde of eq. 7), and x0 is not clipped.
@@ -107,6 +110,7 @@ def ddpm(
         timesteps: pairs (t, t_prev), t_prev <= t, e.g. `schedule.ddpm_timesteps(1000)`.
         schedule: gives alpha_bar.
         generators: for the noise of every step but the last, see `draw_noise`.
+        prediction: what `eps_fn` predicts, see `sample`.
 
     Raises:
         ValueError: at the call, when the generators are missing or not one per image, or timesteps
@@ -115,31 +119,6 @@ def ddpm(
     """
     grid = falling(timesteps, schedule)
     check_generators(generators, x)
-    return sample(ddpm_rule, eps_fn, x, grid, schedule, generators=generators)
-
-
-# --- By name ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """What a run that asks for a sampler by its name needs to know of it.
-
-    Attributes:
-        rule: takes the step; called with the settings that `options` names.
-        end: where its grid ends: at timestep 0, as Stable Diffusion v1's DDIM does, or at -1, the
-            clean picture.
-        options: the settings of a run that are this sampler's own, by their names.
-        always_draws: whether it adds fresh noise at its steps, whatever the options.
-    """
-
-    rule: Callable[..., Tensor]
-    end: int
-    options: tuple[str, ...] = ()
-    always_draws: bool = False
-
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "ddim": Sampler(ddim_rule, end=0, options=("eta",)),
-    "ddpm": Sampler(ddpm_rule, end=-1, always_draws=True),
-}
+    return sample(
+        ddpm_rule, eps_fn, x, grid, schedule, generators=generators, prediction=prediction
+    )

@@ -7,6 +7,8 @@ before the end, and what it takes to say then where it went wrong stays on the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,13 +44,14 @@ class Watch:
         self.x = torch.where(sound, x, self.x)
         self.index = self.index.masked_fill(sound, index)
 
-    def check(self, x: Tensor, timesteps: list[tuple[int, int]]) -> None:
-        """A DivergedError, if what came out is not sound, that names the step which made it."""
+    def check(self, x: Tensor, timesteps: Sequence[float]) -> None:
+        """A DivergedError, if what came out is not sound, that names the step which made it.
+        `timesteps` has the t of each step."""
         if is_sound(x):
             return
         index = int(self.index.item())
         if index < 0:
             raise DivergedError(f"x, from which the run starts, holds {ailment(self.x)}")
-        t = timesteps[index][0]
-        where = f"step {index + 1} of {len(timesteps)} (t = {t})"
+        t = timesteps[index]
+        where = f"step {index + 1} of {len(timesteps)} (t = {t:.6g})"
         raise DivergedError(f"the latents hold {ailment(x)} after {where}", t=t, x=self.x)

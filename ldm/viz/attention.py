@@ -125,7 +125,7 @@ def attention_over_steps(
     sheet = grid(
         [[overlay(image, m, top) for m in row] for row, top in zip(maps, tops, strict=True)],
         row_captions=captioned(chosen, tops, scale),
-        column_captions=[f"step {i + 1}\nt = {trace.t[i]}" for i in shown],
+        column_captions=[f"step {i + 1}\nt = {trace.t[i]:.5g}" for i in shown],
         title=title,
         size=None,
     )
@@ -245,4 +245,4 @@ def _layers(count: int) -> str:
 
 def span(trace: Trace, step: int | None) -> str:
     """Which steps a map is of."""
-    return "all steps" if step is None else f"step {step + 1} (t = {trace.t[step]}) alone"
+    return "all steps" if step is None else f"step {step + 1} (t = {trace.t[step]:.5g}) alone"

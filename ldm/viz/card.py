@@ -57,7 +57,7 @@ def _steps(trace: Trace) -> str:
     for name in ("x", "x0"):
         images = draw(values(trace, name)[shown])
         cells = [
-            _figure(image, f"{NAMES[name]} at step {i + 1}", f"t = {trace.t[i]}")
+            _figure(image, f"{NAMES[name]} at step {i + 1}", f"t = {trace.t[i]:.5g}")
             for i, image in zip(shown, images, strict=True)
         ]
         rows.append(_row(NAMES[name], cells))

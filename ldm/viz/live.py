@@ -57,7 +57,7 @@ def live(
         if latents is None:
             raise ValueError(f"there is no {show}: the run is without guidance")
         drawn = (draw or false_colours(latents.shape[1]))(latents)
-        return strip(drawn, title=f"step {step.index + 1}, t = {step.t}", size=size)
+        return strip(drawn, title=f"step {step.index + 1}, t = {step.t:.5g}", size=size)
 
     screen = _cell(picture) if in_jupyter() else _terminal()
     return _passed_on(steps, every, screen)
@@ -116,7 +116,7 @@ def _terminal() -> Iterator[Callable[[Step], None]]:
     def see(step: Step) -> None:
         nonlocal shown
         if sys.stderr.isatty():
-            sys.stderr.write(f"\rstep {step.index + 1}, t = {step.t:<6}")
+            sys.stderr.write(f"\rstep {step.index + 1}, t = {step.t:<6.5g}")
             sys.stderr.flush()
             shown = True
 

@@ -15,10 +15,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.schedule import NoiseSchedule
+from ldm.samplers import Grid
+from ldm.schedule import NoiseLevel, NoiseSchedule
 from ldm.viz.colours import LINES
 from ldm.viz.latents import histogram, principal_components
 from ldm.viz.runs import Run, guidance, timesteps
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Timesteps = Sequence[int] | Sequence[tuple[int, int]]
+Timesteps = Sequence[float] | Grid
 """Timesteps t, or the pairs (t, t_prev) that a sampler walks, of which t counts."""
 
 CURVE, MARK = LINES[0], LINES[1]
@@ -143,7 +145,9 @@ def guidance_map(run: Run, step: int = -1, ax: Axes | None = None) -> Axes:
     image = ax.imshow(lengths[step].numpy(), cmap="inferno", vmin=0.0)
     bar = ax.figure.colorbar(image, ax=ax)
     bar.set_label("|eps_cond - eps_uncond|")
-    ax.set_title(f"What the prompt changes\nstep {step % len(t) + 1} of {len(t)}, t = {t[step]}")
+    ax.set_title(
+        f"What the prompt changes\nstep {step % len(t) + 1} of {len(t)}, t = {t[step]:.5g}"
+    )
     ax.set_xticks([])
     ax.set_yticks([])
     return ax
@@ -209,13 +213,14 @@ def latent_components(latents: Tensor, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def visited(steps: Timesteps) -> list[int]:
+def visited(steps: Timesteps) -> list[float]:
     """The timesteps t of a list of them, or of pairs (t, t_prev).
 
     Raises:
         ValueError: there are none.
     """
-    t = [step[0] if isinstance(step, tuple) else int(step) for step in steps]
+    starts = [step[0] if isinstance(step, tuple) else step for step in steps]
+    t = [float(start.t if isinstance(start, NoiseLevel) else start) for start in starts]
     if not t:
         raise ValueError("there are no timesteps to show")
     return t
@@ -230,7 +235,8 @@ def _curve(values: Tensor, name: str, steps: Timesteps | None, ax: Axes | None) 
     ax.plot(range(len(values)), values.numpy(), color=CURVE, linewidth=1.8, label=name)
     if t:
         label = f"the {len(t)} timesteps of the sampler"
-        ax.plot(t, values[t].numpy(), "o", color=MARK, markersize=4.5, label=label)
+        there = np.interp(t, range(len(values)), values.numpy())
+        ax.plot(t, there, "o", color=MARK, markersize=4.5, label=label)
         ax.legend(fontsize="small")
     ax.set_xlabel("timestep t")
     ax.set_ylabel(name)

@@ -45,7 +45,7 @@ def values(run: Run, name: str) -> Tensor:
     return torch.cat([value[:1].detach().float().cpu() for value in found])
 
 
-def timesteps(run: Run) -> list[int]:
+def timesteps(run: Run) -> list[float]:
     """The timestep t of every step."""
     check_run(run)
     return list(run.t) if isinstance(run, Trace) else [step.t for step in run]

@@ -68,7 +68,7 @@ def steps(
         rows,
         captions=captions,
         row_captions=[NAMES[name] for name in latents],
-        column_captions=[f"step {i + 1}\nt = {t[i]}" for i in shown],
+        column_captions=[f"step {i + 1}\nt = {t[i]:.5g}" for i in shown],
         title=title,
         note=note,
         size=size,
@@ -100,7 +100,9 @@ def side_by_side(
     notes = dict.fromkeys(note for _, note in drawings.values() if note)
     return grid(
         [drawings[name][0](value[shown[name]]) for name, value in latents.items()],
-        captions=[[f"t = {timesteps(run)[i]}" for i in shown[name]] for name, run in runs.items()],
+        captions=[
+            [f"t = {timesteps(run)[i]:.5g}" for i in shown[name]] for name, run in runs.items()
+        ],
         row_captions=list(runs),
         title=title,
         note=" ".join(notes),
@@ -116,6 +118,6 @@ def frames(
     draw, _ = drawn_by(run, draw)
     pictures = draw(latents)
     return [
-        strip([picture], [f"step {i + 1} of {len(t)}, t = {t[i]}"], size=size)
+        strip([picture], [f"step {i + 1} of {len(t)}, t = {t[i]:.5g}"], size=size)
         for i, picture in enumerate(pictures)
     ]

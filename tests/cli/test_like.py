@@ -36,6 +36,16 @@ def test_like_makes_the_same_picture_again_bit_for_bit(
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+def test_like_repeats_a_sampler_and_its_spacing(generate, tmp_path: Path) -> None:
+    args = ("red", "-o", "a.png", "--steps", "3", "--seed", "4", "--sampler", "euler_ancestral")
+    assert generate(*args, "--spacing", "karras") == 0
+    (recipe,) = read_recipes(Path("a.png"))
+    assert (recipe.settings.sampler, recipe.settings.spacing) == ("euler_ancestral", "karras")
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert generate("--like", "a.png", "-o", "c.png", "--spacing", "karras", device=()) == 2
+
+
 def test_like_makes_one_image_of_a_batch_again(generate, tmp_path: Path) -> None:
     assert generate("red", "-o", "a.png", "--num-images", "2", "--steps", "2", "--seed", "4") == 0
     assert generate("--like", "a-1.png", "-o", "b.png", device=()) == 0

@@ -22,7 +22,7 @@ from ldm.cli import options
 from ldm.errors import LINE
 from ldm.presets import PRESETS
 from ldm.recipe import MAX_SCALE
-from ldm.samplers import SAMPLERS
+from ldm.samplers import SAMPLERS, SPACINGS
 from ldm.version import ldm_version
 from tests.places import ROOT
 
@@ -48,7 +48,7 @@ def fresh(program: str, *args: str, **env: str) -> subprocess.CompletedProcess[s
     [
         (["--help"], 0, "draw pictures of a prompt"),
         (["--version"], 0, f"ldm {ldm_version()}\n"),
-        (["generate", "--help"], 0, "ddim or ddpm"),
+        (["generate", "--help"], 0, "ddim, ddpm, plms, euler"),
         (["generate", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
         (["evaluate", "--steps", "many"], 2, "invalid int value: 'many'"),
         (["generate"], 2, "pass a prompt"),
@@ -84,6 +84,7 @@ def test_how_threads_wait_is_chosen_by_the_load_before_torch_is_loaded(
 
 def test_the_names_in_help_texts_are_those_that_there_are() -> None:
     assert tuple(SAMPLERS) == options.SAMPLERS
+    assert SPACINGS == options.SPACINGS
     assert options.MAX_SCALE == MAX_SCALE
     assert {None, *options.LIKE} == PRESETS.keys()
     dtypes = [options.named_dtype(name) for name in options.DTYPES]

@@ -162,10 +162,34 @@ def test_a_trace_is_of_one_picture(pipe: TextToImage, monkeypatch: pytest.Monkey
 def test_hooks_are_gone_after_a_run_that_failed(
     pipe: TextToImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipe.schedule, "alpha_bar_at", lambda t: 1 / 0)
+    monkeypatch.setattr("ldm.samplers.loop.pair_from", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trace(pipe, "red", steps=2)
     assert not any(module._forward_hooks for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"sampler": "heun"}, {"sampler": "plms"}, {"sampler": "unipc", "guidance_scale": 1}],
+)
+def test_a_sampler_that_asks_twice_a_step_has_the_maps_of_its_first_call(
+    pipe: TextToImage, settings: dict[str, object], tmp_path: Path
+) -> None:
+    run = trace(pipe, "red", steps=3, **settings)
+    assert len(run) == 3 and {len(maps) for maps in run.maps.values()} == {3}
+    alone = trace(pipe, "red", steps=3, **settings | {"sampler": "euler"})
+    for layer, maps in run.maps.items():  # of the same noise
+        assert torch.equal(maps[0], alone.maps[layer][0])
+    run.save(tmp_path / "run.trace")
+    assert Trace.load(tmp_path / "run.trace").t == run.t
+
+
+def test_a_trace_may_visit_points_between_two_timesteps(pipe: TextToImage, tmp_path: Path) -> None:
+    run = trace(pipe, "red", steps=3, sampler="euler", spacing="karras")
+    assert run.t[0] == 999 and run.t[2] == 0 and not float(run.t[1]).is_integer()
+    run.save(tmp_path / "run.trace")
+    again = Trace.load(tmp_path / "run.trace")
+    assert (again.t, again.t_prev, again.alpha_bar) == (run.t, run.t_prev, run.alpha_bar)
 
 
 def test_a_trace_names_itself(run: Trace) -> None:

@@ -83,15 +83,17 @@ def steps_of(trace: Trace) -> list[Step]:
 
     return [
         Step(
-            i,
-            trace.t[i],
-            trace.t_prev[i],
-            trace.x[i : i + 1],
-            trace.eps[i : i + 1],
-            at(trace.eps_cond, i),
-            at(trace.eps_uncond, i),
-            trace.x0[i : i + 1],
-            trace.x[i : i + 1],
+            index=i,
+            t=trace.t[i],
+            t_prev=trace.t_prev[i],
+            alpha_bar=trace.alpha_bar[i],
+            alpha_bar_prev=1.0,
+            x=trace.x[i : i + 1],
+            eps=trace.eps[i : i + 1],
+            eps_cond=at(trace.eps_cond, i),
+            eps_uncond=at(trace.eps_uncond, i),
+            x0=trace.x0[i : i + 1],
+            x_prev=trace.x[i : i + 1],
         )
         for i in range(len(trace))
     ]

@@ -12,16 +12,26 @@ from ldm.viz.player.film import Film
 
 COMPARABLE = (
     *("prompt", "steps", "guidance_scale", "negative_prompt"),
-    *("sampler", "eta", "seed", "like"),
+    *("sampler", "spacing", "eta", "seed", "like"),
 )
 """What a second run may have different from the first: sizes must be the same."""
+
+SPELLED = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler ancestral",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+}
+"""Samplers whose names are not written in capitals."""
 
 
 def facts(films: Sequence[Film]) -> list[str]:
     """The settings of a run, or those that two share, for the line below the prompt."""
     s = films[0].run.settings
     names = ["steps", "sampler", "guidance_scale", "seed"]
-    names += [name for name in ("eta", "negative_prompt", "like") if getattr(s, name)]
+    names += [name for name in ("spacing", "eta", "negative_prompt", "like") if getattr(s, name)]
     shared = [name for name in names if len({getattr(o.run.settings, name) for o in films}) == 1]
     said = [setting_words(name, getattr(s, name)) for name in shared]
     return [films[0].run.model, *said, f"{s.width}x{s.height} pixels"]
@@ -56,7 +66,9 @@ def setting_words(name: str, value: Any) -> str:
     if name == "prompt":
         return f"“{value}”"
     if name == "sampler":
-        return str(value).upper()
+        return SPELLED.get(value, str(value).upper())
+    if name == "spacing":
+        return f"{value} spacing" if value else "the sampler's own spacing"
     if name == "steps":
         return f"{value} steps" if value != 1 else "1 step"
     if name == "negative_prompt":

@@ -138,8 +138,8 @@ def film_data(one: Film, fineness: Fineness) -> dict[str, Any]:
         "frames": [
             {
                 "step": i,
-                "t": run.t[i],
-                "t_prev": run.t_prev[i],
+                "t": round(run.t[i], 2),
+                "t_prev": round(run.t_prev[i], 2),
                 "alpha_bar": run.alpha_bar[i],
                 "sentence": sentence(run, i),
                 **dataclasses.asdict(numbers(run, i)),

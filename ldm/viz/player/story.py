@@ -129,7 +129,7 @@ def timeline(films: Sequence[Film]) -> list[tuple[int, ...]]:
     return [tuple(nearest(t, row) for row in times) for t in leader]
 
 
-def nearest(t: int, times: Sequence[int]) -> int:
+def nearest(t: float, times: Sequence[float]) -> int:
     """The place of the timestep that is nearest to t, the noisier one of two."""
     return min(range(len(times)), key=lambda i: abs(times[i] - t))
 
