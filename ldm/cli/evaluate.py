@@ -1,4 +1,5 @@
-"""`ldm evaluate`: how well a model's pictures follow their prompts, or where its words look."""
+"""`ldm evaluate`: how well a model's pictures follow their prompts, how near they are to the law of
+their world, or where its words look."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from ldm.cli import options
 
 if TYPE_CHECKING:
     from ldm.evaluate.attention_tables import AttentionResults
+    from ldm.evaluate.distribution_tables import DistributionResults
     from ldm.evaluate.prompts import Results
 
 DRAWING = ("steps", "sampler", "guidance_scale")
 EXAMPLES = """examples:
   ldm evaluate --per-value 20
   ldm evaluate --attention --json
+  ldm evaluate --distribution --per-kind 50 --out drawn.jsonl
 """
 
 
@@ -33,9 +36,8 @@ def add_parser(commands: options.Commands) -> None:
     p.add_argument(
         "--per-value",
         type=int,
-        default=100,
         metavar="N",
-        help="prompts for every value of every attribute, at least (%(default)s)",
+        help="prompts for every value of every attribute, at least (100)",
     )
     options.add_sampler_options(p)
     p.add_argument(
@@ -51,14 +53,41 @@ def add_parser(commands: options.Commands) -> None:
         action="store_true",
         help="draw nothing: do words look at what they name, in --per-value scenes of each object?",
     )
+    p.add_argument(
+        "--distribution",
+        action="store_true",
+        help="many pictures of each of a few prompts: two trees? each sky as often as it should?",
+    )
+    p.add_argument(
+        "--per-kind",
+        type=int,
+        metavar="N",
+        help="pictures of each prompt, for --distribution (200)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of what --distribution sees; asked again, it draws only what is missing",
+    )
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table, or JSON."""
-    if args.per_value < 1:
-        raise ValueError(f"--per-value must be 1 or more, not {args.per_value}")
+    if args.attention and args.distribution:
+        raise ValueError("--attention and --distribution are two measurements: ask for one")
+    for name, wanted in (
+        ("per_value", not args.distribution),
+        ("per_kind", args.distribution),
+        ("out", args.distribution),
+    ):
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and not wanted:
+            raise ValueError(f"{option} does not go with what is measured: leave it out")
+        if name != "out" and value is not None and value < 1:
+            raise ValueError(f"{option} must be 1 or more, not {value}")
     for name in DRAWING if args.attention else ():
         if getattr(args, name) is not None:
             raise ValueError(f"--attention draws nothing: leave out --{name.replace('_', '-')}")
@@ -67,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> Results | AttentionResults:
+def measure(args: argparse.Namespace) -> Results | AttentionResults | DistributionResults:
     """What the arguments ask for, in full precision."""
     import torch
 
@@ -75,7 +104,9 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults:
     from ldm.checkpoints.loading import joint_config, open_model
     from ldm.checkpoints.shipped import shipped_weights
     from ldm.evaluate.attention import evaluate_attention
+    from ldm.evaluate.distribution import evaluate_distribution
     from ldm.evaluate.prompts import evaluate
+    from ldm.files import check_writable, file_sha256
     from ldm.pipeline import load
     from ldm.settings import Settings
     from ldm.train.clip import PAIR_FILE, load_pair
@@ -89,10 +120,22 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults:
         guidance_scale=args.guidance_scale,
         seed=args.seed,
     )
+    if args.out is not None:
+        check_writable(args.out)
     pipe = load(weights, device=args.device, dtype=torch.float32)
+    per_value = args.per_value or 100
     if args.attention:
-        return evaluate_attention(pipe, per_value=args.per_value, seed=args.seed)
+        return evaluate_attention(pipe, per_value=per_value, seed=args.seed)
+    drawing = {name: getattr(settings, name) for name in DRAWING}
+    if args.distribution:
+        return evaluate_distribution(
+            pipe,
+            per_kind=args.per_kind or 200,
+            seed=args.seed,
+            out=args.out,
+            weights=file_sha256(weights),
+            **drawing,
+        )
     pair_file = weights.parent / PAIR_FILE
     pair = load_pair(pair_file, pipe.text) if pair_file.is_file() else None
-    drawing = {name: getattr(settings, name) for name in DRAWING}
-    return evaluate(pipe, pair, per_value=args.per_value, seed=args.seed, **drawing)
+    return evaluate(pipe, pair, per_value=per_value, seed=args.seed, **drawing)

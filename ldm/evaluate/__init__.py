@@ -1,9 +1,13 @@
 """A model held against the truth of the world that it has learnt.
 
 - `prompts.py`: does it draw what the prompt says? `evaluate` has its pictures read back.
+- `distribution.py`: does it draw what its world holds, as often as its world holds it?
+  `evaluate_distribution` holds many pictures of a few prompts against the law that each asks for.
+- `distribution_tables.py`: that one's results. `statistics.py`: how far counts and numbers are from
+  a law, and how far luck alone would have brought them.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
 
-Others take `evaluate` and `evaluate_attention`; both return results with `as_dict` and
-`as_markdown`.
+Others take `evaluate`, `evaluate_distribution` and `evaluate_attention`; each returns results with
+`as_dict` and `as_markdown`.
 """

@@ -31,6 +31,7 @@ STATED: dict[str, tuple[float, float]] = {
 # captions name the thing all the same: there is some.
 NAMED = 0.5
 SOME = "some"
+_NAMEABLE = ("house", "light", "tree")
 
 _WHEN = {
     "day": ("by day", "in daylight", "during the day", "under a blue sky", "in the daytime"),
@@ -107,12 +108,57 @@ def _choose(names: Mapping[str, str], rng: np.random.Generator) -> dict[str, str
             continue
         if rng.random() < (absent if value == "none" else present):
             said[name] = value
-        elif name in ("house", "light", "tree") and value != "none" and rng.random() < NAMED:
+        elif name in _NAMEABLE and value != "none" and rng.random() < NAMED:
             said[name] = SOME
     if not said.keys() & {"sky", "ground"}:
         name = "ground" if rng.random() < 0.5 else "sky"
         said[name] = names[name]
     return said
+
+
+def chances(stated: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """How the probability that a random caption states exactly this depends on the scene.
+
+    It is a product of one factor for each attribute, and these are the factors of all values:
+    `{attribute: {value: factor}}`. They follow `_choose`, but for what states neither ground nor
+    sky: no caption does, so its factors leave out the last resort that adds one of them.
+
+    Raises:
+        ValueError: an attribute or a value is unknown.
+    """
+    for name, value in stated.items():
+        if name not in ATTRIBUTES:
+            raise ValueError(f"unknown {name!r}: a caption states {', '.join(ATTRIBUTES)}")
+        if value not in (*ATTRIBUTES[name], *([SOME] if name in _NAMEABLE else [])):
+            raise ValueError(f"no caption states the {name} {value!r}")
+
+    def factor(name: str, value: str) -> float:
+        said, chance = stated.get(name), STATED[name][value == "none"]
+        if name in ("house_position", "house_size") and "house" not in stated:
+            return float(said is None)
+        if said == value:
+            return chance
+        if name in _NAMEABLE and value != "none" and said in (SOME, None):
+            return (1 - chance) * (NAMED if said == SOME else 1 - NAMED)
+        return 1 - chance if said is None else 0.0
+
+    factors = {k: {value: factor(k, value) for value in values} for k, values in ATTRIBUTES.items()}
+    # One of ground and sky at least is stated: so the sky's factor is that of both together.
+    for value, is_so in factors["ground"].items():
+        factors["ground"][value] = float("ground" not in stated or is_so > 0)
+    sky, ground = STATED["sky"][0], STATED["ground"][0]
+    neither = (1 - sky) * (1 - ground)
+    only_sky, only_ground = sky * (1 - ground) + neither / 2, (1 - sky) * ground + neither / 2
+    for value, is_so in factors["sky"].items():
+        told = value == "night" and "light" in stated  # the moon tells the night by the way
+        if "sky" not in stated:
+            chance = 0.0 if told else only_ground if "ground" in stated else neither
+        elif "ground" in stated:
+            chance = sky * ground + (only_ground if told else 0.0)
+        else:
+            chance = only_sky
+        factors["sky"][value] = chance if is_so else 0.0
+    return factors
 
 
 def _pick(rng: np.random.Generator, phrases: Collection[str]) -> str:

@@ -39,10 +39,14 @@ Y = ((np.arange(N)[::-1] + 0.5) / N).astype(np.float32)  # the height of each ro
 
 SOFT = np.float32(20.0)  # grey levels: differences below this are noise (see `_distance`)
 
+RIM = 2  # pixels around a thing that belong to no other of several
+RADIUS = 2  # pixels; a light's disc is nearly 4, but blur eats it from the rim
+
 # How much of what stands before the backdrop a shape must explain to count as seen; 1 is all.
 SEEN_LIGHT = 0.40
 SEEN_HOUSE = 0.50
 SEEN_TREE = 0.50
+COUNTED = 0.65  # and to count as one of several
 SHAPED = 0.30  # how much of what stands before a patch of one colour a house must explain
 CONTRAST = 20.0  # grey levels: and how far, at least, that must bring the pixels it covers
 
@@ -54,17 +58,34 @@ def read(image: Image | npt.NDArray[np.uint8]) -> dict[str, str]:
     make sense). Sky, ground and horizon are always the nearest of their values; light, house and
     tree are "none" unless they are clearly there. Raises ValueError for another shape or type.
     """
-    pixels = _at_reading_size(image)
-    sky = _nearest(np.median(pixels[Y > 0.92], (0, 1)), {k: v[-1] for k, v in SKY.items()})
-    ground = _nearest(
-        np.median(pixels[Y < 0.08], (0, 1)), {k: v[-1] for k, v in GROUND[sky].items()}
-    )
-    height, backdrop = _horizon(pixels, sky, ground)
+    return look(image).names
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the reader makes of a picture.
+
+    Attributes:
+        pixels: the picture, (64, 64, 3) float32 from 0 to 255.
+        names: every attribute, as `read` gives them.
+        numbers: where things are, to a pixel: the horizon's height, and the places of what is
+            there, as in `ldm.worlds.distribution`.
+    """
+
+    pixels: Array
+    names: dict[str, str]
+    numbers: dict[str, float]
+
+
+def look(image: Image | npt.NDArray[np.uint8]) -> Seen:
+    """`read`, with places. Raises ValueError as it does."""
+    pixels, sky, ground, height, backdrop = _explained(image)
     horizon = "low" if height < 0.38 else "middle" if height < 0.54 else "high"
-    house, tree = _things(_smooth(pixels), backdrop, sky, ground, height)
-    return {
+    house, tree = _things(smooth(pixels), backdrop, sky, ground, height)
+    light, place = _light(pixels, backdrop, sky, height)
+    names = {
         "sky": sky,
-        "light": _light(pixels, backdrop, sky, height),
+        "light": light,
         "horizon": horizon,
         "ground": ground,
         "house": house.colour,
@@ -72,6 +93,72 @@ def read(image: Image | npt.NDArray[np.uint8]) -> dict[str, str]:
         "house_size": house.size,
         "tree": tree.position,
     }
+    numbers = {"horizon_height": height}
+    if light != "none":
+        numbers |= {"light_x": place[0], "light_y": place[1]}
+    if house.colour != "none":
+        numbers |= {"house_x": house.foot[0], "house_y": house.foot[1]}
+    if tree.position != "none":
+        numbers["tree_x"] = tree.foot[0]
+    return Seen(pixels, names, numbers)
+
+
+def count(image: Image | npt.NDArray[np.uint8]) -> dict[str, int]:
+    """How many houses, trees, suns and moons there are: `{"house": n, "tree": n, "sun": n,
+    "moon": n}`.
+
+    Any number, anywhere along the horizon, where a scene has one of each at most: a model may draw
+    more. Where there are several they have one size at least between them, and what is half hidden
+    is not counted. It takes more to be counted than to be read, as nothing else speaks for what
+    should not be there. Raises ValueError as `read` does.
+    """
+    pixels, sky, ground, height, backdrop = _explained(image)
+    found = {"house": 0, "tree": 0, "sun": 0, "moon": 0}
+    seen, _ = _discs(pixels, backdrop, sky, height)
+    while seen.max() >= SEEN_LIGHT:
+        found["moon" if sky == "night" else "sun"] += 1
+        i, j = np.unravel_index(int(seen.argmax()), seen.shape)
+        around = 4 * RADIUS  # a disc across
+        seen[max(i - around, 0) : i + around + 1, max(j - around, 0) : j + around + 1] = -1.0
+    if ground == "sea":
+        return found
+    # The clearest first, as in `_things`; then again, in what it leaves.
+    names, free = {"sky": sky, "ground": ground}, np.ones((N, N), np.float32)
+    soft = smooth(pixels)
+    while True:
+        house = _house(soft, backdrop, free, names, height)
+        tree = _tree(soft, backdrop, free, names, height, reach=0.5)
+        first = max(house, tree, key=lambda thing: thing.explained)
+        if first.explained < COUNTED:
+            return found
+        found["house" if first is house else "tree"] += 1
+        # With a rim: the fringe of a palm looks a little like another palm.
+        taken = np.zeros((N, N), np.float32)
+        taken[first.box] = first.cover
+        free[_near(taken, RIM)] = 0.0
+
+
+def _near(shape: Array, pixels: int) -> npt.NDArray[np.bool_]:
+    """Where (N, N) a shape is, or is so many pixels away."""
+    wide = np.pad(shape, pixels)
+    span = 2 * pixels + 1
+    near: npt.NDArray[np.bool_] = (
+        np.lib.stride_tricks.sliding_window_view(wide, (span, span)).max((2, 3)) > 0
+    )
+    return near
+
+
+def _explained(
+    image: Image | npt.NDArray[np.uint8],
+) -> tuple[Array, str, str, float, Array]:
+    """The picture's pixels (N, N, 3); its sky, its ground, the height of its horizon; and the
+    backdrop (N, 3) that these make."""
+    pixels = _at_reading_size(image)
+    sky = _nearest(np.median(pixels[Y > 0.92], (0, 1)), {k: v[-1] for k, v in SKY.items()})
+    ground = _nearest(
+        np.median(pixels[Y < 0.08], (0, 1)), {k: v[-1] for k, v in GROUND[sky].items()}
+    )
+    return pixels, sky, ground, *_horizon(pixels, sky, ground)
 
 
 def _at_reading_size(image: Image | npt.NDArray[np.uint8]) -> Array:
@@ -147,8 +234,22 @@ def _horizon(pixels: Array, sky: str, ground: str) -> tuple[float, Array]:
 # --------------------------------------------------------------------------------------- light
 
 
-def _light(pixels: Array, backdrop: Array, sky: str, height: float) -> str:
-    """Which side the sun or moon is on: the disc that is best explained by its colour."""
+def _light(
+    pixels: Array, backdrop: Array, sky: str, height: float
+) -> tuple[str, tuple[float, float]]:
+    """Which side the sun or moon is on, the disc that is best explained by its colour; and where
+    its centre is."""
+    seen, x = _discs(pixels, backdrop, sky, height)
+    sides = {"left": abs(x - 0.17) < 0.09, "right": abs(x - 0.83) < 0.09}
+    side = max(sides, key=lambda side: float(seen[:, sides[side]].max()))
+    seen[:, ~sides[side]] = -1.0
+    i, j = np.unravel_index(int(seen.argmax()), seen.shape)
+    return side if seen[i, j] >= SEEN_LIGHT else "none", (float(x[j]), float(Y[RADIUS + i]))
+
+
+def _discs(pixels: Array, backdrop: Array, sky: str, height: float) -> tuple[Array, Array]:
+    """How much a disc of the light's colour explains, by its centre: (N - 4, N - 4), 1 for all
+    and 0 or less for nothing, and the centres' x (N - 4,)."""
     lit = _rgb(LIGHT[sky])
     rows = np.broadcast_to(backdrop[:, None], pixels.shape)
     otherwise, most = _distance(pixels, rows), _distance(rows, lit)
@@ -160,21 +261,16 @@ def _light(pixels: Array, backdrop: Array, sky: str, height: float) -> str:
         otherwise = _distance(pixels, cloudy)
         most = np.minimum(most, _distance(_rgb(CLOUD[sky]), lit))
     evidence = otherwise - _distance(pixels, lit)
-    radius = 2  # the disc's is nearly 4 pixels, but blur eats it from the rim
-    span = np.arange(-radius, radius + 1)
-    disc = (np.hypot(span[:, None], span) <= radius + 0.3).astype(np.float32)  # (5, 5)
+    span = np.arange(-RADIUS, RADIUS + 1)
+    disc = (np.hypot(span[:, None], span) <= RADIUS + 0.3).astype(np.float32)  # (5, 5)
     windows = np.lib.stride_tricks.sliding_window_view(
         np.stack([evidence, most]), disc.shape, (1, 2)
     )
     sums = np.einsum("kijhw,hw->kij", windows, disc)
     seen = sums[0] / sums[1]  # 1: all of the disc is light; 0 or less: none of it
-    x = (np.arange(seen.shape[1]) + radius + 0.5) / N  # of the centres
-    y = Y[radius:-radius]
-    seen[y < height + 0.06] = -1.0
-    left, right = seen[:, abs(x - 0.17) < 0.09].max(), seen[:, abs(x - 0.83) < 0.09].max()
-    if max(left, right) < SEEN_LIGHT:
-        return "none"
-    return "left" if left > right else "right"
+    x = ((np.arange(seen.shape[1]) + RADIUS + 0.5) / N).astype(np.float32)
+    seen[Y[RADIUS:-RADIUS] < height + 0.06] = -1.0
+    return seen, x
 
 
 # ---------------------------------------------------------------------------- house and tree
@@ -183,12 +279,12 @@ def _light(pixels: Array, backdrop: Array, sky: str, height: float) -> str:
 # held against every place where it may stand.
 
 
-def _smooth(pixels: Array) -> Array:
+def smooth(pixels: Array) -> Array:
     """A light blur: a sharp picture and a slightly blurred one then look alike."""
     wide = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")  # (N + 2, N + 2, 3)
     tall: Array = wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]  # (N + 2, N, 3)
-    smooth: Array = (tall[:-2] + 2 * tall[1:-1] + tall[2:]) / np.float32(16)
-    return smooth
+    soft: Array = (tall[:-2] + 2 * tall[1:-1] + tall[2:]) / np.float32(16)
+    return soft
 
 
 @lru_cache(maxsize=1024)
@@ -206,7 +302,7 @@ def _looks(thing: str, size: float, **names: str) -> tuple[Array, Array]:
         scene = replace(scene, tree_x=x / N, tree_height=size, horizon_height=foot / 0.62)
         rows = slice(round((1 - foot - size) * N), round((1 - foot) * N))
         columns = slice(x - 7, x + 7)
-    picture = _smooth(np.asarray(scene.render(N), np.float32))
+    picture = smooth(np.asarray(scene.render(N), np.float32))
     shape = scene.masks(N)[thing].astype(np.float32)
     return picture[rows, columns], shape[rows, columns]
 
@@ -221,6 +317,7 @@ class _Found:
     position: str = "none"
     box: tuple[slice, slice] = (slice(0), slice(0))
     cover: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # within the box
+    foot: tuple[float, float] = (0.0, 0.0)  # the middle of its lower edge
 
 
 def _things(
@@ -298,9 +395,14 @@ def _clear(gain: Array, explained: Array, threshold: float) -> tuple[float, tupl
 
 
 def _tree(
-    pixels: Array, backdrop: Array, free: Array, names: dict[str, str], height: float
+    pixels: Array,
+    backdrop: Array,
+    free: Array,
+    names: dict[str, str],
+    height: float,
+    reach: float = 0.25,
 ) -> _Found:
-    """The tree, in the pixels (N, N) that are free."""
+    """The tree, in the pixels (N, N) that are free, as near to a side as `reach`."""
     # A tree may touch the edge: beyond it nothing is known, so nothing there is free.
     margin = 4
     pixels = np.pad(pixels, ((0, 0), (margin, margin), (0, 0)))
@@ -314,13 +416,14 @@ def _tree(
         band = slice(top, top + h + 9)
         gain, explained, _ = _fit(pixels[band], backdrop[band], free[band], look[None], cover)
         x = (np.arange(gain.shape[2]) + w / 2 - margin) / N
-        explained[..., x > 0.25 if side == "left" else x < 0.75] = 0.0
+        explained[..., x > reach if side == "left" else x < 1 - reach] = 0.0
         share, (_, i, j) = _clear(gain, explained, SEEN_TREE)
         if share > best.explained:
             left = max(j - margin, 0)
             box = (slice(top + i, top + i + h), slice(left, j - margin + w))
             inside = cover[:, left - (j - margin) :][:, : N - left]
-            best = _Found(share, position=side, box=box, cover=inside)
+            foot = (float(x[j]), 1 - (top + i + h) / N)
+            best = _Found(share, position=side, box=box, cover=inside, foot=foot)
     return best
 
 
@@ -349,5 +452,6 @@ def _house(
             x = (j + w / 2) / N
             position = "left" if x < 0.41 else "middle" if x < 0.59 else "right"
             box = (slice(top + i, top + i + h), slice(j, j + w))
-            best = _Found(share, colours[k], size, position, box, cover)
+            foot = (x, 1 - (top + i + h) / N)
+            best = _Found(share, colours[k], size, position, box, cover, foot)
     return best

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.cli import main as cli
+from ldm.evaluate import distribution
 from ldm.evaluate import prompts as measure
 
 
@@ -17,6 +18,12 @@ from ldm.evaluate import prompts as measure
     ("args", "message"),
     [
         (["--per-value", "0"], "--per-value must be 1 or more"),
+        (["--distribution", "--per-kind", "0"], "--per-kind must be 1 or more"),
+        (["--distribution", "--per-value", "3"], "--per-value does not go with what is measured"),
+        (["--per-kind", "3"], "--per-kind does not go with what is measured"),
+        (["--attention", "--out", "x"], "--out does not go with what is measured"),
+        (["--attention", "--distribution"], "ask for one"),
+        (["--distribution", "--out", "no/folder/x"], "there is no folder"),
         (["--steps", "0"], "steps must be between"),
         (["--sampler", "euler"], "unknown sampler"),
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
@@ -62,3 +69,23 @@ def test_results_are_printed_as_a_table_or_as_json(
     sky = results["prompts"]["sky"]
     assert 0 <= sky["right"] <= sky["total"] >= 3  # each of its values is asked for at least once
     assert results["settings"] | {"steps": 1, "sampler": "ddim"} == results["settings"]
+
+
+def test_pictures_are_held_against_the_law_and_kept(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = functools.partial(distribution.evaluate_distribution, kinds={"night": {"sky": "night"}})
+    monkeypatch.setattr(distribution, "evaluate_distribution", few)
+    out = tmp_path / "drawn.jsonl"
+    args = ["evaluate", "--weights", str(model), "--distribution", "--per-kind", "2"]
+    args += ["--steps", "1", "--seed", "4", "--device", "cpu", "--out", str(out)]
+    assert cli.main(args) == 0
+    assert "| night |" in capsys.readouterr().out
+    first, *lines = map(json.loads, out.read_text().splitlines())
+    assert first["steps"] == 1 and [line["seed"] for line in lines] == [4, 5]
+    assert cli.main([*args, "--json"]) == 0
+    (kind,) = json.loads(capsys.readouterr().out)["kinds"]
+    assert kind["total"] == 2 and len(out.read_text().splitlines()) == 3
+    # Others' pictures are not taken for this model's.
+    assert cli.main([*args, "--sampler", "ddpm"]) == 2
+    assert "no pictures of this model and these settings" in capsys.readouterr().err
