@@ -4,6 +4,7 @@
     scene.render(128)      # the picture
     scene.masks(128)       # which pixel shows what
     scene.describe(rng)    # a caption, and what it states
+    scene.edited(house="blue")    # the same scene with one thing changed
 
 How scenes are distributed, and what each name and number means, is told in
 `ldm.worlds.distribution`; how they look in `ldm.worlds.painting`; how they are put into words in
@@ -12,6 +13,7 @@ How scenes are distributed, and what each name and number means, is told in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ import numpy.typing as npt
 
 from ldm.worlds import painting
 from ldm.worlds.captions import describe
-from ldm.worlds.distribution import Parameters, draw
+from ldm.worlds.distribution import ATTRIBUTES, Parameters, continuous, draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +45,35 @@ class Scene(Parameters):
         values, as for a house on the sea.
         """
         return Scene(**vars(draw(rng, fixed)))
+
+    def edited(self, **names: str) -> Scene:
+        """The same scene with some names changed: the right answer to an edit.
+
+        All else stays, the numbers too, as many standard deviations from their means as they were:
+        a house that goes to the other side stands as far from its middle as before. What was not
+        there comes at the means. What cannot stay without the changed names goes: without a house
+        there is no place and size of one.
+
+            scene.edited(house="blue")          # painted blue
+            scene.edited(house_position="left", tree="none")
+
+        Raises:
+            ValueError: a name is unknown, or no scene has these names together.
+        """
+        wanted = self.attributes | names
+        for name in names:
+            if name not in ATTRIBUTES:
+                raise ValueError(f"unknown {name!r}: a scene has {', '.join(ATTRIBUTES)}")
+        if names.get("house") == "none":
+            wanted |= dict.fromkeys({"house_position", "house_size"} - names.keys(), "none")
+        Scene.sample(np.random.default_rng(0), **wanted)  # or it says why there is no such scene
+        old = continuous(self.attributes)
+        numbers = {}
+        for name, (mean, sd) in continuous(wanted).items():
+            was, its_sd = old[name]
+            away = (getattr(self, name) - was) / its_sd if its_sd else 0.0
+            numbers[name] = mean + sd * away
+        return dataclasses.replace(self, **wanted, **numbers)  # type: ignore[arg-type]
 
     def render(self, size: int = 128) -> Image:
         """The scene as an RGB picture of size x size pixels. Raises ValueError below 8 pixels."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ldm.worlds.distribution import continuous
 from ldm.worlds.scenes import Scene
 from tests.worlds.drawn import worlds
 
@@ -116,3 +117,48 @@ def test_removing_the_light_changes_the_disc_most() -> None:
         masks = scene.masks(64)
         disc = masks["moon" if scene.sky == "night" else "sun"]
         assert change[disc].mean() > 3 * change[masks["sky"]].mean()
+
+
+def test_an_edited_scene_differs_in_what_was_asked_for_alone() -> None:
+    scene = Scene.sample(
+        np.random.default_rng(3), house="red", house_position="right", tree="left", ground="grass"
+    )
+    blue = scene.edited(house="blue")
+    assert blue == replace(scene, house="blue")
+    masks = scene.masks(64)
+    changed = np.any(np.array(scene.render(64)) != np.array(blue.render(64)), axis=-1)
+    assert changed[masks["house"]].mean() > 0.4
+    assert changed[~masks["house"]].mean() < 0.02  # the house's antialiased edge
+
+
+def test_a_thing_that_moves_stays_as_far_from_its_mean() -> None:
+    scene = Scene.sample(np.random.default_rng(4), house="red", house_position="right", tree="none")
+    moved = scene.edited(house_position="left")
+    before, after = continuous(scene.attributes), continuous(moved.attributes)
+    assert after["house_x"][0] != before["house_x"][0]
+    for name, (mean, sd) in after.items():
+        if sd:
+            away = (getattr(scene, name) - before[name][0]) / before[name][1]
+            assert (getattr(moved, name) - mean) / sd == pytest.approx(away)
+    assert moved.edited(house_position="right").house_x == pytest.approx(scene.house_x)
+
+
+def test_what_cannot_stay_without_what_was_taken_goes() -> None:
+    scene = Scene.sample(np.random.default_rng(5), house="red", tree="left")
+    bare = scene.edited(house="none")
+    assert (bare.house_position, bare.house_size, bare.house_width) == ("none", "none", 0.0)
+    assert bare.tree == "left"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"ground": "sea"}, "a house cannot stand on the sea"),
+        ({"house": "green"}, "house must be one of none, red, blue, white, yellow, not 'green'"),
+        ({"roof": "flat"}, "unknown 'roof'"),
+    ],
+)
+def test_an_edit_that_no_scene_has_is_refused(names: dict[str, str], message: str) -> None:
+    scene = Scene.sample(np.random.default_rng(5), house="red")
+    with pytest.raises(ValueError, match=message):
+        scene.edited(**names)
