@@ -201,12 +201,16 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     defaults: DefaultsConfig = field(default_factory=DefaultsConfig)
+    prediction: str = "eps"
+    """What the UNet predicts, one of `PREDICTIONS`: see `ldm.schedule.pair_from`."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a number, or a name, out of its range. Whether the stages fit
         together is told where they are put together: a part of a model has a config too."""
         check_name(self, "name")
         check_whole(self, 1, WIDEST, "image_size")
+        if self.prediction not in PREDICTIONS:
+            raise wrong(self, "prediction", f"one of {', '.join(PREDICTIONS)}")
 
 
 # --- What a number can be ----------------------------------------------------------------------

@@ -284,7 +284,10 @@ class TextToImage:
         options = {name: getattr(settings, name) for name in sampler.options}
         rule = functools.partial(sampler.rule, **options)
         grid = settings.grid(self.config)
-        steps = sample(rule, eps_fn, x, grid, self.schedule, generators=generators)
+        prediction = self.config.prediction
+        steps = sample(
+            rule, eps_fn, x, grid, self.schedule, generators=generators, prediction=prediction
+        )
         return explained(
             steps,
             text=self.text,

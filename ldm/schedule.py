@@ -70,6 +70,15 @@ def pair_from(
     return (x - b * output) / (a + b), (x + a * output) / (a + b)  # x = a x0 + b eps
 
 
+def output_from(prediction: str, x0: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> Tensor:
+    """What a perfect model would say, given both: the target of training, `pair_from` inverted."""
+    if prediction == "eps":
+        return eps
+    if prediction == "v":
+        return v_from_eps(x0, eps, alpha_bar)
+    return x0 if prediction == "x0" else eps - x0
+
+
 class NoiseLevel(NamedTuple):
     """How noisy latents are.
 

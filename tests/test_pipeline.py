@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shutil
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from PIL import Image
 import ldm
 from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.device import default_dtype
+from ldm.errors import FamilyError
 from ldm.pipeline import TextToImage
 from ldm.samplers import SAMPLERS, Step
+from ldm.schedule import x0_from_v
 from ldm.tokenizer import Tokenizer
 from tests.helpers import relative_error, tiny_model
 
@@ -328,3 +331,18 @@ def test_a_step_never_waits_for_the_device(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert list(run) == []  # here it waits, to look at what came out
+
+
+def test_a_model_saved_as_one_of_v_is_loaded_and_drawn_by_v(folder: Path, tmp_path: Path) -> None:
+    pipe = ldm.load(folder, device="cpu", dtype=torch.float32)
+    pipe.config = dataclasses.replace(pipe.config, prediction="v")
+    path = tmp_path / "v.safetensors"
+    pipe.save(path)
+    again = ldm.load(path, device="cpu", dtype=torch.float32)
+    assert again.config.prediction == "v"
+    step = next(again.denoise("a red house", steps=4, guidance_scale=1.0))
+    with torch.no_grad():
+        v = again.unet(step.x, torch.tensor([step.t]), again.context(["a red house"]))
+    torch.testing.assert_close(step.x0, x0_from_v(step.x, v, step.alpha_bar))
+    with pytest.raises(FamilyError, match="predicts eps, as prediction= says"):
+        ldm.load(path, device="cpu", prediction="eps")

@@ -11,13 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.config import ScheduleConfig
+from ldm.config import PREDICTIONS, ScheduleConfig
 from ldm.schedule import (
     NoiseSchedule,
     eps_from_v,
     eps_from_x0,
     even_timesteps,
     noised,
+    output_from,
+    pair_from,
     pairs,
     v_from_eps,
     x0_from_eps,
@@ -285,3 +287,12 @@ def test_impossible_number_of_steps_is_refused(steps: int) -> None:
     for grid in (SCHEDULE.timesteps, SCHEDULE.ddim_timesteps, SCHEDULE.ddpm_timesteps):
         with pytest.raises(ValueError, match=f"between 1 and 1000, not {steps}"):
             grid(steps)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_pair_from_turns_every_target_of_training_back_into_x0_and_eps(prediction: str) -> None:
+    x0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    alpha_bar = torch.tensor([0.9, 0.5, 0.1]).double().view(-1, 1, 1, 1)
+    output = output_from(prediction, x0, eps, alpha_bar)
+    pair = pair_from(prediction, output, noised(x0, eps, alpha_bar), alpha_bar)
+    torch.testing.assert_close(pair, (x0, eps))

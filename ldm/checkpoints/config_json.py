@@ -16,19 +16,22 @@ LONGEST = 100_000  # characters; a config has 1,000
 
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
-    """A config as sorted JSON, without `defaults` where they are the dataclass's own, and without
-    the betas of a noise schedule that is a table: files of weights hold those as tensors."""
+    """A config as sorted JSON, without `defaults` and `prediction`
+    where they are the dataclass's own, and without the betas of a noise schedule that is a table:
+    files of weights hold those as tensors."""
     data = dataclasses.asdict(config)
     del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():
         del data["defaults"]
+    if config.prediction == "eps":
+        del data["prediction"]
     return json.dumps(data, sort_keys=True, indent=indent)
 
 
 def config_from_json(text: str, path: Path) -> ModelConfig:
     """The inverse of `config_to_json`, for a text that comes from `path`.
 
-    The text may leave out `defaults`, and has then the dataclass's own.
+    The text may leave out `defaults` and `prediction`, and has then the dataclass's own.
 
     Raises:
         UnreadableError: it is not such a config.
@@ -41,6 +44,7 @@ def config_from_json(text: str, path: Path) -> ModelConfig:
         data = json.loads(text)
         if isinstance(data, dict):
             data.setdefault("defaults", dataclasses.asdict(DefaultsConfig()))
+            data.setdefault("prediction", "eps")
         with said_of(path):
             config: ModelConfig = read_like(SD_V1, data)
     except ConfigError:

@@ -238,13 +238,15 @@ def check_present(sources: Mapping[str, Weights]) -> None:
 
 
 def check_prediction(weights: Weights, prediction: str | None) -> None:
-    """A FamilyError for a model that predicts anything but the noise, and who says so: the caller
-    or, if `prediction` is None, the file."""
+    """A FamilyError for a model that is said to predict another thing than its config has, and who
+    says so: the caller or, if `prediction` is None, the file."""
+    drawn_by = weights.config.prediction
     said = weights.predictions if prediction is None else {"prediction=": prediction}
     for who, what in said.items():
-        if what != "eps":
+        if what != drawn_by:
             told = f"{weights.path} is a model that predicts {what}, as {who} says"
-            raise FamilyError(f"{told}; ldm draws by those that predict eps, the noise")
+            asked = "eps, the noise" if drawn_by == "eps" else f"{drawn_by}, as its config says"
+            raise FamilyError(f"{told}; ldm draws by those that predict {asked}")
 
 
 def check_strays(weights: Weights) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import HORIZON
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, output_from
 from ldm.text import CLIPTextEncoder
 from ldm.train.autoencoder import encode_scenes
 from ldm.train.data import draw_scenes, rng_at
@@ -82,8 +82,10 @@ def train_diffusion(
     data: LatentSet,
     text: CLIPTextEncoder,
     schedule: NoiseSchedule,
+    prediction: str = "eps",
 ) -> Iterator[Record]:
-    """Minimise the squared error of the predicted noise, at random timesteps and captions.
+    """Minimise the squared error of the prediction, one of `ldm.config.PREDICTIONS`, at random
+    timesteps and captions.
 
     Yields one record per step, with the weighted `loss` and the plain `mse`.
     """
@@ -106,11 +108,26 @@ def train_diffusion(
             with torch.no_grad():
                 context = text(captions)
             t = t.to(x0.device)
-            eps = state.model(schedule.add_noise(x0, noise, t), t, context)
-        error = (eps.float() - noise).square()  # (B, C, h, w)
-        snr = alpha_bar / (1 - alpha_bar)
-        balance = snr.clamp(max=settings.snr_gamma) / snr  # (B, 1, 1, 1)
+            output = state.model(schedule.add_noise(x0, noise, t), t, context)
+        target = output_from(prediction, x0, noise, alpha_bar)
+        error = (output.float() - target).square()  # (B, C, h, w)
+        balance = min_snr_weight(prediction, alpha_bar, settings.snr_gamma)  # (B, 1, 1, 1)
         weight = 1.0 + settings.object_weight * alpha_bar * data.objects[chosen]  # (B, 1, h, w)
         loss = (balance * weight * error).mean() / weight.mean()
         state.update(loss)
         yield Record(state.step, {"loss": loss.item(), "mse": error.mean().item()})
+
+
+def min_snr_weight(prediction: str, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """How much a squared error counts, of alpha_bar's shape: that of x0 by min(SNR, gamma), that of
+    another prediction by as much as it moves x0 (Hang et al. 2023, section 3.4)."""
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=gamma)
+    if prediction == "eps":
+        return weight / snr
+    if prediction == "v":
+        return weight / (snr + 1)
+    if prediction == "x0":
+        return weight
+    # x0 = (x - b u) / (a + b), and b / (a + b) = 1 / (sqrt(SNR) + 1)
+    return weight / (snr.sqrt() + 1) ** 2

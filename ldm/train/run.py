@@ -119,7 +119,7 @@ def diffusion(
     vae.config = replace(HORIZON.vae, scaling_factor=measured_scaling_factor(vae, size))
     data = encode_set(vae, settings)
     schedule = NoiseSchedule(HORIZON.schedule)
-    loop = train_diffusion(state, settings, data, text, schedule)
+    loop = train_diffusion(state, settings, data, text, schedule, HORIZON.prediction)
     follow(loop, state, out, "diffusion")
 
     config = replace(HORIZON, image_size=size, vae=vae.config)

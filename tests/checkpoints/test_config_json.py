@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -105,3 +106,15 @@ def test_whole_numbers_may_stand_for_others() -> None:
     config = json.loads(config_to_json(tiny_config()))
     config["vae"]["scaling_factor"] = 1
     assert config_from_json(json.dumps(config), Path("a file")).vae.scaling_factor == 1.0
+
+
+def test_a_config_keeps_what_its_unet_predicts_and_one_that_does_not_say_predicts_the_noise() -> (
+    None
+):
+    v = dataclasses.replace(tiny_config(), prediction="v")
+    assert config_from_json(config_to_json(v), Path("v.json")) == v
+    assert "prediction" not in json.loads(config_to_json(tiny_config()))
+    assert config_from_json(config_to_json(tiny_config()), Path("eps.json")).prediction == "eps"
+    wrong = config_to_json(v).replace('"prediction": "v"', '"prediction": "w"')
+    with pytest.raises(ConfigError, match="prediction must be one of eps, v, x0, flow"):
+        config_from_json(wrong, Path("w.json"))

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 import ldm
 from ldm.cli import main as cli
 from ldm.cli import train as train_command
-from ldm.config import HORIZON, ModelConfig
+from ldm.config import HORIZON, PREDICTIONS, ModelConfig
 from ldm.errors import UnreadableError
 from ldm.evaluate import prompts as measure
 from ldm.files import WriteError
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, pair_from
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.train import run
@@ -40,7 +40,13 @@ from ldm.train.clip import (
     train_clip,
 )
 from ldm.train.data import draw_scenes, rng_at
-from ldm.train.diffusion import DiffusionSettings, LatentSet, encode_set, train_diffusion
+from ldm.train.diffusion import (
+    DiffusionSettings,
+    LatentSet,
+    encode_set,
+    min_snr_weight,
+    train_diffusion,
+)
 from ldm.train.state import Optimisation, Record, StageError, TrainState
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -519,3 +525,15 @@ def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
     (out / "model.safetensors").unlink()
     assert cli.main(["train", "horizon", "--out", str(out), "--resume", "--device", "cpu"]) == 0
     assert (out / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_error_of_any_prediction_counts_as_the_error_of_x0_that_it_makes(
+    prediction: str,
+) -> None:
+    alpha_bar = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
+    x, output = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    error = pair_from(prediction, output, x, alpha_bar)[0].square()  # of x0, for one of 1
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = error * snr.clamp(max=5.0)
+    torch.testing.assert_close(min_snr_weight(prediction, alpha_bar, 5.0), expected)
