@@ -13,7 +13,8 @@ latents to pictures, `pipe.decode` or a `LatentRGB`. Curves need matplotlib, the
 
     strips.py      a run, step by step, beside others
     attention.py   where words looked, laid over the picture
-    plots.py       curves and maps with axes: the schedule, guidance, latents
+    plots.py       curves and maps with axes: the schedule, guidance, measurements, latents
+    network.py     a UNet's shape, and the maps that pass through a network
     latents.py     what latents look like without the decoder, and their statistics
     sweeps.py      one prompt under every pair of values of two settings
     animations.py  pictures that move
@@ -45,9 +46,11 @@ from ldm.viz.latents import (
     trace_rgb,
 )
 from ldm.viz.live import live
+from ldm.viz.network import UNetMap, feature_maps, unet_shape
 from ldm.viz.plots import (
     alpha_bar,
     betas,
+    curves,
     guidance_map,
     guidance_norms,
     latent_components,
@@ -66,13 +69,16 @@ __all__ = [
     "Draw",
     "LatentRGB",
     "Run",
+    "UNetMap",
     "alpha_bar",
     "animation",
     "attention",
     "attention_by_resolution",
     "attention_over_steps",
     "betas",
+    "curves",
     "false_colours",
+    "feature_maps",
     "fit_rgb",
     "frames",
     "grid",
@@ -93,6 +99,7 @@ __all__ = [
     "sweep_images",
     "timestep_rows",
     "trace_rgb",
+    "unet_shape",
 ]
 
 # In Jupyter a trace shows its card.

@@ -1,4 +1,4 @@
-"""Curves and maps by matplotlib: the noise schedule, timesteps, guidance, latents.
+"""Curves and maps by matplotlib: the noise schedule, timesteps, guidance, latents, measurements.
 
     viz.alpha_bar(pipe.schedule, pipe.schedule.ddim_timesteps(20))
     viz.guidance_norms(run)
@@ -33,6 +33,7 @@ Timesteps = Sequence[float] | Grid
 """Timesteps t, or the pairs (t, t_prev) that a sampler walks, of which t counts."""
 
 CURVE, MARK = LINES[0], LINES[1]
+MARKS = "os^Dvp"  # beside the colours, for who cannot tell these apart
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def alpha_bar(
     schedule: NoiseSchedule, timesteps: Timesteps | None = None, ax: Axes | None = None
 ) -> Axes:
     """alpha_bar_t, the share of the picture's variance that is left at each timestep (DDPM eq. 4),
-    with the timesteps that a sampler visits marked."""
+    with those that are given, or that a sampler visits, marked."""
     ax = _curve(schedule.alpha_bar, "alpha_bar", timesteps, ax)
     ax.set_title("What is left of the picture")
     ax.set_ylim(-0.03, 1.03)
@@ -172,6 +173,50 @@ def guidance_norms(run: Run, ax: Axes | None = None) -> Axes:
     return ax
 
 
+# --------------------------------------------------------------------------------- measurements
+
+
+def curves(
+    lines: Mapping[str, Mapping[float, float]],
+    *,
+    log: str = "",
+    truth: float | None = None,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """What was measured, as lines with a colour and a mark of their own: {name: {x: y}}.
+
+    Args:
+        log: which axes are logarithmic: "", "x", "y" or "xy".
+        truth: the y that all of them should have, as a dashed line.
+
+    Raises:
+        ValueError: there are no lines, one has no points, or `log` is something else.
+    """
+    if not lines or not all(lines.values()):
+        raise ValueError("there is nothing to show: each line needs a point")
+    if log not in ("", "x", "y", "xy"):
+        raise ValueError(f"log must be '', 'x', 'y' or 'xy', not {log!r}")
+    ax = new_axes() if ax is None else ax
+    for i, (name, points) in enumerate(lines.items()):
+        mark, colour = MARKS[i % len(MARKS)], LINES[i % len(LINES)]
+        values = list(points.values())
+        ax.plot(list(points), values, f"{mark}-", color=colour, markersize=4.5, label=name)
+    if truth is not None:
+        ax.axhline(truth, color="#333333", linestyle="--", linewidth=1, label="truth")
+    if "x" in log:
+        ax.set_xscale("log")
+    if "y" in log:
+        ax.set_yscale("log")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if len(lines) > 1 or truth is not None:
+        ax.legend(fontsize="small")
+    _light_grid(ax)
+    return ax
+
+
 # -------------------------------------------------------------------------------------- latents
 
 
@@ -234,7 +279,8 @@ def _curve(values: Tensor, name: str, steps: Timesteps | None, ax: Axes | None) 
     ax = new_axes() if ax is None else ax
     ax.plot(range(len(values)), values.numpy(), color=CURVE, linewidth=1.8, label=name)
     if t:
-        label = f"the {len(t)} timesteps of the sampler"
+        walked = any(isinstance(step, tuple) for step in steps or [])
+        label = f"the {len(t)} timesteps of the sampler" if walked else f"{len(t)} timesteps"
         there = np.interp(t, range(len(values)), values.numpy())
         ax.plot(t, there, "o", color=MARK, markersize=4.5, label=label)
         ax.legend(fontsize="small")

@@ -49,6 +49,30 @@ def test_a_curve_is_the_schedule_with_the_sampler_on_it(plot, values: torch.Tens
         plot(SCHEDULE, [])
 
 
+def test_a_legend_names_a_sampler_only_where_there_is_one() -> None:
+    for timesteps, said in ((GRID, "the 10 timesteps of the sampler"), ([500, 0], "2 timesteps")):
+        legend = viz.alpha_bar(SCHEDULE, timesteps).get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == ["alpha_bar", said]
+
+
+def test_curves_are_the_points_that_were_measured() -> None:
+    ax = viz.curves({"a": {1: 2.0, 10: 4.0}, "b": {1: 3.0}}, log="x", truth=2.5, title="T")
+    a, b, truth = ax.get_lines()
+    assert (list(a.get_xdata()), list(a.get_ydata())) == ([1, 10], [2.0, 4.0])
+    assert (list(b.get_xdata()), list(b.get_ydata())) == ([1], [3.0])
+    assert set(truth.get_ydata()) == {2.5}
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_title()) == ("log", "linear", "T")
+    assert a.get_color() != b.get_color() and a.get_marker() != b.get_marker()
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["a", "b", "truth"]
+    assert viz.curves({"alone": {1: 1}}).get_legend() is None
+    for wrong in ({}, {"a": {}}):
+        with pytest.raises(ValueError, match="nothing to show: each line needs a point"):
+            viz.curves(wrong)
+    with pytest.raises(ValueError, match="log must be '', 'x', 'y' or 'xy', not 'z'"):
+        viz.curves({"a": {1: 1}}, log="z")
+
+
 def test_signal_to_noise_is_drawn_on_a_logarithmic_axis() -> None:
     assert viz.snr(SCHEDULE).get_yscale() == "log"
 
@@ -119,6 +143,8 @@ ALL = {
     "timestep_rows": lambda ax: viz.timestep_rows({"a sampler of a long name": GRID}, ax),
     "guidance_map": lambda ax: viz.guidance_map(made_trace(), ax=ax),
     "guidance_norms": lambda ax: viz.guidance_norms(made_trace(), ax),
+    "curves": lambda ax: viz.curves({"a": {1: 2, 2: 3}, "b": {1: 1}}, ax=ax),
+    "unet_shape": lambda ax: viz.unet_shape([viz.UNetMap("conv_in", 8, 4)], ax),
     "latent_histogram": lambda ax: viz.latent_histogram(randn(1, 4, 9, 9), ax),
     "latent_components": lambda ax: viz.latent_components(randn(1, 4, 9, 9), ax),
 }
