@@ -32,7 +32,7 @@ def test_a_square_for_each_map_and_an_arrow_for_each_skip() -> None:
 def test_a_shape_without_maps_or_with_a_skip_from_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="there are no maps to show"):
         viz.unet_shape([])
-    with pytest.raises(ValueError, match=r"up\.0\.blocks\.0 has a skip from 'conv_in', which is not"):
+    with pytest.raises(ValueError, match=r"up\.0\.blocks\.0 has a skip from 'conv_in'"):
         viz.unet_shape(MAPS[1:])
 
 
