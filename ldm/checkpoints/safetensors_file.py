@@ -64,6 +64,7 @@ def read_safetensors(file: MappedFile) -> Archive:
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     strange: set[str] = set()
+    places: list[tuple[int, int]] = []
     end = data
     try:
         for key, value in Header(str(file.bytes[8:data], "utf-8")).items():
@@ -80,7 +81,8 @@ def read_safetensors(file: MappedFile) -> Archive:
             if stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{key!r:.80} has {stop - start:,} bytes, and another shape")
             entries[key] = Entry(file, data + start, dtype, shape)
-    except (ValueError, TypeError, LookupError) as error:
+            places.append((start, stop))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UnreadableError(f"{path} has a broken safetensors header: {error}") from error
     if end > len(file):
         raise TruncatedError(
@@ -88,10 +90,10 @@ def read_safetensors(file: MappedFile) -> Archive:
         )
     if strange:
         raise UnreadableError(f"{path} holds types that ldm does not read: {some(sorted(strange))}")
-    at = data  # every byte belongs to one tensor: each begins where another has ended
-    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.span)):
-        at = at + entry.span if entry.offset == at else -1
-    if at != len(file):
+    at = 0  # every byte belongs to one tensor: each begins where another has ended
+    for start, stop in sorted(places):
+        at = stop if start == at else -1
+    if data + at != len(file):
         raise UnreadableError(
             f"{path} has a broken safetensors header: its tensors overlap, or leave bytes between"
         )
@@ -151,7 +153,8 @@ class Header:
         stop = self.text.find("}", self.at, self.at + LONGEST_ENTRY) + 1
         if not self.is_next("{") or not stop:
             raise self.wrong("an object that is a tensor's")
-        found: dict[str, Any] = json.loads(self.text[self.at : stop])
+        found: dict[str, Any]
+        found, _ = DECODER.raw_decode(self.text[self.at : stop])  # ends with it, or is none
         self.skip(stop)
         return found
 

@@ -100,6 +100,7 @@ def test_whole_header_is_read(tmp_path: Path) -> None:
 BURSTING = {
     "lists": b'{"a":[' + b"[]," * 1_000_000 + b"[]]}",
     "objects": b'{"a":' + b'{"a":' * 1_000_000 + b"}" * 1_000_000 + b"}",
+    "lists in lists": b'{"a":{"dtype":' + b"[" * 1900 + b"]" * 1900 + b"}}",
     "a long shape": b'{"a":{"dtype":"F32","shape":[' + b"1," * 1_000_000 + b"1]}}",
 }
 

@@ -23,7 +23,8 @@ from tests.fuzz.watching import Watch, assert_lines, outcome
 from tests.helpers import tiny_config, tiny_tokenizer
 
 # What is done with a file. To build the stages, as looking into it does, takes ten times as long as
-# to read what it says; to load them, and to draw, ten times as long again.
+# to read what it says; to load them, and to draw, ten times as long again. What a model says of
+# itself is read beside a few tensors: all of them would be most of the work.
 WAYS = ("recognise",) * 12 + ("inspect",) * 3 + ("load",)
 
 
