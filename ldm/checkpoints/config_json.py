@@ -16,9 +16,9 @@ LONGEST = 100_000  # characters; a config has 1,000
 
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
-    """A config as sorted JSON, without `defaults` and `prediction`
-    where they are the dataclass's own, and without the betas of a noise schedule that is a table:
-    files of weights hold those as tensors."""
+    """A config as sorted JSON, without `defaults` and `prediction` where they are the dataclass's
+    own, and without the betas of a noise schedule that is a table: files of weights hold those as
+    tensors."""
     data = dataclasses.asdict(config)
     del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():

@@ -21,6 +21,10 @@ from ldm.worlds.batches import object_masks
 from ldm.worlds.scenes import Scene
 
 
+OBJECTS_FROM = 0.1
+"""The alpha_bar from which on objects count more: below, it is being decided what there is."""
+
+
 @dataclass(frozen=True)
 class DiffusionSettings:
     """How the UNet is trained."""
@@ -40,7 +44,8 @@ class DiffusionSettings:
     object_weight: float = 3.0
     """How much more a latent of a house, tree, sun or moon counts where there is no noise. It fades
     with alpha_bar: a weight that depends on x0 moves the mean that the model learns, and while
-    the noise hides where the object is, that would be towards an object in every such place."""
+    the noise hides where the object is, that would be towards an object in every such place. So
+    below `OBJECTS_FROM` all places count alike."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +117,28 @@ def train_diffusion(
         target = output_from(prediction, x0, noise, alpha_bar)
         error = (output.float() - target).square()  # (B, C, h, w)
         balance = min_snr_weight(prediction, alpha_bar, settings.snr_gamma)  # (B, 1, 1, 1)
-        weight = 1.0 + settings.object_weight * alpha_bar * data.objects[chosen]  # (B, 1, h, w)
+        visible = alpha_bar.where(alpha_bar >= OBJECTS_FROM, 0.0)
+        weight = 1.0 + settings.object_weight * visible * data.objects[chosen]  # (B, 1, h, w)
         loss = (balance * weight * error).mean() / weight.mean()
         state.update(loss)
         yield Record(state.step, {"loss": loss.item(), "mse": error.mean().item()})
 
 
 def min_snr_weight(prediction: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """How much a squared error counts, of alpha_bar's shape: that of x0 by min(SNR, gamma), that of
-    another prediction by as much as it moves x0 (Hang et al. 2023, section 3.4)."""
+    """How much a squared error counts, of alpha_bar's shape.
+
+    That of x0 counts min(SNR, gamma) (Hang et al. 2023, section 3.4), and where the model says
+    other than the noise one more: as v's own error does, SNR + 1 times that of x0 (Salimans & Ho
+    2022, section 4). Without it nothing would be learned in pure noise, where the SNR is 0. What a
+    model says counts by as much as it moves x0 (`ldm.schedule.pair_from`).
+    """
     snr = alpha_bar / (1 - alpha_bar)
     weight = snr.clamp(max=gamma)
     if prediction == "eps":
         return weight / snr
     if prediction == "v":
-        return weight / (snr + 1)
+        return (weight + 1) / (snr + 1)
     if prediction == "x0":
-        return weight
+        return weight + 1
     # x0 = (x - b u) / (a + b), and b / (a + b) = 1 / (sqrt(SNR) + 1)
-    return weight / (snr.sqrt() + 1) ** 2
+    return (weight + 1) / (snr.sqrt() + 1) ** 2

@@ -531,9 +531,10 @@ def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
 def test_an_error_of_any_prediction_counts_as_the_error_of_x0_that_it_makes(
     prediction: str,
 ) -> None:
-    alpha_bar = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
-    x, output = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    levels = [0.99, 0.5, 0.01] if prediction == "eps" else [0.99, 0.5, 0.01, 0.0]
+    alpha_bar = torch.tensor(levels, dtype=torch.float64)
+    x, output = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
     error = pair_from(prediction, output, x, alpha_bar)[0].square()  # of x0, for one of 1
     snr = alpha_bar / (1 - alpha_bar)
-    expected = error * snr.clamp(max=5.0)
+    expected = error * (snr.clamp(max=5.0) + (prediction != "eps"))
     torch.testing.assert_close(min_snr_weight(prediction, alpha_bar, 5.0), expected)

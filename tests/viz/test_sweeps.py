@@ -47,7 +47,7 @@ def test_a_sweeps_sheet_says_its_settings(
         (dict(seed=1, rows=("seed", [1])), "seed is given twice"),
         (dict(rows=("guidance_scale", [])), "guidance_scale needs a list of values"),
         (dict(rows=("sampler", "ddim")), "sampler needs a list of values"),
-        (dict(rows=("sampler", ["ddim", "euler"])), "unknown sampler 'euler'"),
+        (dict(rows=("sampler", ["ddim", "eluer"])), "unknown sampler 'eluer'"),
         (dict(columns=("steps", [2, 0])), "steps must be between"),
         (dict(eta=3.0), "eta must be between 0 and 1"),
         (dict(prompt=" "), "the prompt is empty"),
