@@ -20,7 +20,6 @@ from ldm.vae import AutoencoderKL
 from ldm.worlds.batches import object_masks
 from ldm.worlds.scenes import Scene
 
-
 OBJECTS_FROM = 0.1
 """The alpha_bar from which on objects count more: below, it is being decided what there is."""
 
