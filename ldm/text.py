@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
+from ldm.errors import did_you_mean
 from ldm.tokenizer import Tokenizer
 
 
@@ -60,7 +61,8 @@ class CLIPTextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids, int64 (B, max_length), on the encoder's device.
 
-        Warns with the words that did not fit when a prompt is too long.
+        Warns with the words that did not fit when a prompt is too long, and with those that the
+        model has never seen, where its tokenizer knows (Horizon's does).
 
         Raises:
             ValueError: the encoder has no tokenizer, or was given something else than a list of
@@ -80,6 +82,14 @@ class CLIPTextEncoder(nn.Module):
                 warnings.warn(
                     f"the prompt is {len(lost)} tokens too long, this was left out: "
                     f"{tokenizer.decode(lost)!r}",
+                    stacklevel=2,
+                )
+            if unseen := tokenizer.unseen(prompt):
+                known = sorted(tokenizer.words or ())
+                near = did_you_mean(unseen[0], known)
+                warnings.warn(
+                    f"this model has never seen {', '.join(map(repr, unseen[:5]))}{near}; "
+                    f"the {len(known)} words that it knows are listed by `ldm words`",
                     stacklevel=2,
                 )
             rows.append(tokenizer.pad(ids, self.config.max_length))

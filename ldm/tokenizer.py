@@ -34,8 +34,14 @@ WORDS = (
 class Tokenizer:
     """Prompt -> token ids, with a start and an end token, padded to a fixed length."""
 
-    def __init__(self, vocab: Vocab, merges: Sequence[tuple[str, str]]) -> None:
-        """`vocab`: token -> id, `</w>` marking the end of a word; `merges`: best pair first.
+    def __init__(
+        self,
+        vocab: Vocab,
+        merges: Sequence[tuple[str, str]],
+        words: Iterable[str] | None = None,
+    ) -> None:
+        """`vocab`: token -> id, `</w>` marking the end of a word; `merges`: best pair first;
+        `words`: all that the model was trained on, where they are known and few (`unseen`).
 
         Raises:
             ValueError: the vocabulary is not laid out as CLIP's: it lacks the start or the end
@@ -58,6 +64,7 @@ class Tokenizer:
             )
         self.vocab = vocab
         self.merges = list(merges)
+        self.words = None if words is None else frozenset(words)
         self.bos_token_id = vocab[BOS]
         self.eos_token_id = vocab[EOS]
         self._tokens = {i: token for token, i in vocab.items()}
@@ -97,6 +104,11 @@ class Tokenizer:
         merges = merges[: vocab_size - len(base) - 2]
         return cls(vocab_of(merges), merges)
 
+    def knowing(self, texts: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, of a model that sees the words of these texts and no others."""
+        words = filter(str.isalpha, split_words("\n".join(texts)))
+        return Tokenizer(self.vocab, self.merges, words)
+
     def __eq__(self, other: object) -> bool:
         """The same vocabulary and merges, hence the same ids for every text."""
         if not isinstance(other, Tokenizer):
@@ -117,6 +129,14 @@ class Tokenizer:
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"this is not a text that can be encoded: {text!r}")
         return list(self._backend.encode(text).ids)
+
+    def unseen(self, text: str) -> list[str]:
+        """The words of a text that the model was not trained on, in their order, each once; none
+        where nobody knows. What is no word, such as a comma, is left out."""
+        if self.words is None:
+            return []
+        words = dict.fromkeys(filter(str.isalpha, split_words(text)))
+        return [word for word in words if word not in self.words]
 
     def pad(self, ids: Sequence[int], max_length: int) -> list[int]:
         """Start token, as many ids as fit, end token, and end tokens up to `max_length`."""

@@ -49,6 +49,7 @@ def test_the_folder_holds_one_small_half_precision_file_and_its_company() -> Non
     names = {path.name for path in FOLDER.iterdir()}
     assert names == {
         *("model.safetensors", "config.json", "clip.safetensors", "vocab.json", "merges.txt"),
+        "words.txt",
         *("README.md", "training.jsonl"),
     }
     assert ldm.shipped_weights() == FOLDER / "model.safetensors"

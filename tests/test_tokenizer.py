@@ -58,10 +58,17 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return Tokenizer.train(TEXTS * 5, vocab_size=540)
+    return Tokenizer.train(TEXTS * 5, vocab_size=540).knowing(TEXTS)
 
 
 # --- A trained one ---------------------------------------------------------------------------
+
+
+def test_words_that_were_not_trained_on_are_told(trained: Tokenizer) -> None:
+    assert trained.words is not None and "café" in trained.words and "1984" not in trained.words
+    assert trained.unseen("A red DOG, and a green car; a dog!") == ["dog", "and", "car"]
+    assert trained.unseen("the white house 12 , !") == []
+    assert Tokenizer(trained.vocab, trained.merges).unseen("a dog") == []
 
 
 def test_trained_vocabulary_is_laid_out_as_clips(trained: Tokenizer) -> None:

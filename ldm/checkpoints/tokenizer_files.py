@@ -18,6 +18,8 @@ from ldm.tokenizer import Merges, Tokenizer, Vocab, parse_pairs, vocab_of
 CLIP_MERGES = 48894
 CLIP_VOCAB_SIZE = 256 + 256 + CLIP_MERGES + 2
 
+WORDS_FILE = "words.txt"  # ours: other code has no use for it
+
 # The largest form of CLIP's vocabulary has 4 MB. More is something else, and is not read.
 MAX_BYTES = 8 * 2**20
 
@@ -36,6 +38,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a vocabulary in any form that CLIP's is published in: `vocab.json` with
     `merges.txt`, `tokenizer.json` (of which only the vocabulary and the merges count: the
     rules are ours), or OpenAI's `bpe_simple_vocab_16e6.txt.gz`. The first that is there is it.
+    `words.txt`, if it is there too, has the words that the model was trained on, one a line.
 
     Raises:
         FileNotFoundError: none of them is there.
@@ -50,7 +53,8 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         if len(vocab) == CLIP_VOCAB_SIZE and len(merges) != CLIP_MERGES:
             # A file that was cut off would give other ids, and no error.
             raise ValueError(f"it has {len(merges)} merges, CLIP's has {CLIP_MERGES}")
-        return Tokenizer(vocab, merges)
+        known = folder / WORDS_FILE
+        return Tokenizer(vocab, merges, read_bounded(known).split() if known.is_file() else None)
     except Exception as error:  # whatever gzip, json or the backend say of a broken file
         reason = str(error).partition("\n")[0]
         message = printable(f"no readable CLIP tokenizer in {folder / files[0]}: {reason}")
@@ -58,7 +62,8 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write `vocab.json` and `merges.txt` into a folder that exists: both, or none of the two."""
+    """Write `vocab.json` and `merges.txt` into a folder that exists, and `words.txt` where the
+    words are known: all, or none of them."""
     with tokenizer_written(tokenizer, Path(folder)):
         pass
 
@@ -67,13 +72,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 def tokenizer_written(tokenizer: Tokenizer, folder: Path) -> Iterator[None]:
     """Write a tokenizer beside what is written in the meantime: its files appear after that, if
     nothing fails."""
-    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
-    merges = "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)])
-    with written_whole(folder / "vocab.json") as temporary:
-        temporary.write_text(vocab + "\n", encoding="utf-8", newline="\n")
-        with written_whole(folder / "merges.txt") as temporary:
-            temporary.write_text(merges + "\n", encoding="utf-8", newline="\n")
-            yield
+    texts = {
+        "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]),
+    }
+    if tokenizer.words is not None:
+        texts[WORDS_FILE] = "\n".join(sorted(tokenizer.words))
+    with contextlib.ExitStack() as stack:
+        for name, text in texts.items():
+            temporary = stack.enter_context(written_whole(folder / name))
+            temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+        yield
 
 
 # --- The forms that a vocabulary comes in ----------------------------------------------------

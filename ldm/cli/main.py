@@ -28,12 +28,23 @@ from ldm.cli import (
     options,
     show,
     train,
+    words,
 )
 from ldm.errors import did_you_mean, printable
 from ldm.speed.waiting import choose_wait_policy
 from ldm.version import ldm_version
 
-COMMANDS = (generate, explain, show, inspect, convert, download, train, evaluate)  # as in the help
+COMMANDS = (
+    generate,
+    explain,
+    show,
+    words,
+    inspect,
+    convert,
+    download,
+    train,
+    evaluate,
+)  # as in the help
 
 EXAMPLES = """examples:
   ldm generate "a red house on green grass at night"

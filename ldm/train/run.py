@@ -85,7 +85,7 @@ def clip(
             tokenizer = read_tokenizer(out)
         else:
             captions = captions_to_learn_from(settings.optimisation.seed)
-            tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size)
+            tokenizer = Tokenizer.train(captions, HORIZON.text.vocab_size).knowing(captions)
         return CLIPPair(CLIPTextEncoder(HORIZON.text, tokenizer), settings.image_size)
 
     state = prepare(fresh, settings.optimisation, out, "clip", resume, device)

@@ -28,7 +28,7 @@ from tests.test_tokenizer import OPENAI, PROMPTS, TEXTS
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return Tokenizer.train(TEXTS * 5, vocab_size=540)
+    return Tokenizer.train(TEXTS * 5, vocab_size=540).knowing(TEXTS)
 
 
 def test_saved_and_loaded_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:
@@ -36,11 +36,21 @@ def test_saved_and_loaded_is_the_same(trained: Tokenizer, tmp_path: Path) -> Non
     loaded = read_tokenizer(tmp_path)
     assert loaded == trained
     assert loaded.vocab == trained.vocab and loaded.merges == trained.merges
+    assert loaded.words == trained.words and "grass" in (loaded.words or ())
     assert [loaded.encode(p) for p in PROMPTS] == [trained.encode(p) for p in PROMPTS]
-    names = ("vocab.json", "merges.txt")
+    names = ("vocab.json", "merges.txt", "words.txt")
     files = [(tmp_path / name).read_bytes() for name in names]
     write_tokenizer(loaded, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in names] == files
+
+
+def test_without_its_words_a_tokenizer_has_none(trained: Tokenizer, tmp_path: Path) -> None:
+    write_tokenizer(Tokenizer(trained.vocab, trained.merges), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
+    assert read_tokenizer(tmp_path).words is None
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="no readable CLIP tokenizer"):
+        read_tokenizer(tmp_path)
 
 
 # --- The forms it comes in -------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ldm.evaluate import prompts as measure
         (["--attention", "--distribution"], "ask for one"),
         (["--distribution", "--out", "no/folder/x"], "there is no folder"),
         (["--steps", "0"], "steps must be between"),
-        (["--sampler", "euler"], "unknown sampler"),
+        (["--sampler", "eluer"], "unknown sampler"),
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
         (["--seed", "-1"], "the seed must be between"),
         (["--weights", "nothing"], "no weights at"),

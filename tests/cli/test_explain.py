@@ -39,7 +39,7 @@ def test_the_command_writes_a_page_named_after_the_prompt(
         (["  "], "the prompt is empty"),
         (["a", "--steps", "0"], "steps must be between"),
         (["a", "--compare-steps", "0"], "steps must be between"),
-        (["a", "--compare-sampler", "euler"], "unknown sampler"),
+        (["a", "--compare-sampler", "eluer"], "unknown sampler"),
         (["a", "--seed", "1", "--compare-seed", "1"], "the first again"),
         (["a", "--height", "7"], "height must be"),
     ],

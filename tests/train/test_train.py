@@ -389,7 +389,7 @@ def few_of_a_tiny_model(patch: pytest.MonkeyPatch) -> None:
     for name, recipe in recipes.items():
         patch.setitem(run.STAGES, name, (run.STAGES[name][0], recipe))
     patch.setattr(run, "HORIZON", MODEL)
-    few_captions = functools.partial(captions_to_learn_from, count=300)
+    few_captions = functools.partial(captions_to_learn_from, count=3000)
     patch.setattr(run, "captions_to_learn_from", few_captions)
     few_scenes = functools.partial(measured_scaling_factor, count=32)
     patch.setattr(run, "measured_scaling_factor", few_scenes)
@@ -418,7 +418,7 @@ def test_the_commands_make_a_model_that_loads(trained: ModelConfig, tmp_path: Pa
         assert cli.main(["train", stage, *short]) == 0
     assert {path.name for path in out.iterdir()} == {
         *("autoencoder.pt", "autoencoder.jsonl", "clip.pt", "clip.jsonl"),
-        *("diffusion.pt", "diffusion.jsonl", "vocab.json", "merges.txt"),
+        *("diffusion.pt", "diffusion.jsonl", "vocab.json", "merges.txt", "words.txt"),
         *("model.safetensors", "config.json", "clip.safetensors"),
     }
     last = json.loads((out / "diffusion.jsonl").read_text().splitlines()[-1])
