@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_shipped_weights_and_the_type_marker(wheel: Path) ->
     assert not any(name.startswith(("tests/", "weights/")) for name in names)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_draws_with_the_weights_inside_it(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
@@ -106,6 +107,7 @@ def test_an_installed_wheel_draws_with_the_weights_inside_it(wheel: Path, tmp_pa
     assert size == str((HORIZON.image_size, HORIZON.image_size))
 
 
+@pytest.mark.slow
 def test_a_checkout_reads_its_own_weights_and_sees_a_changed_file(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -250,6 +250,7 @@ def test_loading_takes_the_memory_of_what_is_copied(large, dtype: str, bound: fl
 
 
 @linux
+@pytest.mark.slow
 def test_what_is_not_loaded_costs_no_memory(large, tmp_path: Path) -> None:
     tensors = with_ema(large[1])
     states = {f"optimizer_states.{n}": value + 1 for n, value in enumerate(large[1].values())}

@@ -37,6 +37,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 OWN = tuple(filter(None, sys.path))  # Python and its libraries read files of their own
 
+WIDTHS = ("8-sig", "16", "16-le", "16-be", "32", "32-le", "32-be")
+
 RESET_PEAK, PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux
 
 
@@ -60,9 +62,10 @@ class Watch:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)  # this file, or what lies in this folder, may be opened to be read
         self.seen: list[tuple[str, Any]] | None = None
-        # What json may find a text to be written in: Python imports a codec when it is first used.
-        for width in ("8-sig", "16", "16-le", "16-be", "32", "32-le", "32-be"):
-            codecs.lookup(f"utf-{width}")
+        # What json may find a text to be written in, and what an error says it in: Python imports
+        # a codec when it is first used.
+        for name in (*("utf-" + width for width in WIDTHS), "unicode_escape"):
+            codecs.lookup(name)
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: Any) -> None:

@@ -502,6 +502,7 @@ def test_a_stage_refuses_an_unfinished_one_before_it(
     assert "is not finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_horizon_runs_the_three_stages_evaluates_and_can_be_resumed(
     tiny: None,
     tmp_path: Path,

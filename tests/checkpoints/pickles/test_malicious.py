@@ -82,6 +82,7 @@ def test_every_pickle_of_a_legacy_file_is_data(tmp_path: Path, section: int) -> 
 # --- Too much --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GREEDY)
 def test_a_greedy_pickle_is_given_up_soon(tmp_path: Path, kind: str) -> None:
     data = zip_file(GREEDY[kind]())
