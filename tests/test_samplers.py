@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from ldm.errors import DivergedError
-from ldm.samplers import SAMPLERS, Known, Prediction, Step, Steps, ddim, ddpm, guide, sample
+from ldm.samplers import (
+    SAMPLERS,
+    Known,
+    Prediction,
+    Step,
+    Steps,
+    ddim,
+    ddpm,
+    guide,
+    on_interval,
+    sample,
+)
 from ldm.samplers.soundness import LARGEST, Watch, is_sound
 from ldm.schedule import NoiseLevel, NoiseSchedule, noised
 from tests.helpers import randn, rng
@@ -679,6 +690,43 @@ def test_a_scale_may_be_a_number_of_any_type(scale: float) -> None:
     x, t = start(), torch.tensor([7, 7])
     eps, expected = (guide(linear_model([]), *contexts("cpu"), s)(x, t).eps for s in (scale, 3.0))
     assert eps.dtype == torch.float32 and torch.equal(eps, expected)
+
+
+def test_guidance_on_an_interval_asks_twice_within_it_alone() -> None:
+    calls: list[tuple[Tensor, ...]] = []
+    context, uncond = contexts("cpu")
+    eps_fn = guide(linear_model(calls), context, uncond, on_interval(3.0, 200, 600))
+    always = guide(linear_model([]), context, uncond, 3.0)
+    for t, rows in ((601, 2), (600, 4), (200, 4), (199, 2)):
+        at = torch.tensor([t, t])
+        answer = eps_fn(start(), at)
+        assert len(calls.pop()[0]) == rows
+        if rows == 4:
+            assert torch.equal(answer.eps, always(start(), at).eps)
+        else:
+            assert torch.equal(answer, linear_model([])(start(), at, context))
+
+
+def test_a_scale_of_t_that_is_no_number_is_refused_where_it_is_asked() -> None:
+    eps_fn = guide(linear_model([]), *contexts("cpu"), lambda t: math.nan if t == 7 else 2.0)
+    assert isinstance(eps_fn(start(), torch.tensor([8, 8])), Prediction)
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, not nan"):
+        eps_fn(start(), torch.tensor([7, 7]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_is_diffusers(share: float) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    context, uncond = contexts("cpu")
+    x, t = start(), torch.tensor([7, 7])
+    plain = guide(linear_model([]), context, uncond, 7.5)(x, t)
+    ours = guide(linear_model([]), context, uncond, 7.5, rescale=share)(x, t)
+    theirs = rescale_noise_cfg(plain.eps.double(), plain.eps_cond.double(), share)
+    torch.testing.assert_close(ours.eps.double(), theirs, rtol=0, atol=1e-5)
+    assert torch.equal(ours.eps, plain.eps) == (share == 0.0)
+    with pytest.raises(ValueError, match=r"rescale must be between 0 and 1, not 1\.5"):
+        guide(linear_model([]), context, uncond, 7.5, rescale=1.5)
 
 
 @every_sampler

@@ -21,7 +21,7 @@ Samplers know no model, so they run as well on a closed form as on a UNet. `ddim
 
 from ldm.samplers.by_name import SAMPLERS, Sampler
 from ldm.samplers.grids import SPACINGS
-from ldm.samplers.guidance import guide
+from ldm.samplers.guidance import guide, on_interval
 from ldm.samplers.loop import EpsFn, Grid, Known, Moment, Prediction, Rule, Step, Steps, sample
 from ldm.samplers.multistep import dpmpp_2m_rule, dpmpp_2m_sde_rule, plms_rule, unipc_rule
 from ldm.samplers.noise import Generators, draw_noise
@@ -51,6 +51,7 @@ __all__ = [
     "guide",
     "heun_rule",
     "lcm_rule",
+    "on_interval",
     "plms_rule",
     "sample",
     "unipc_rule",
