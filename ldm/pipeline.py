@@ -283,7 +283,7 @@ class TextToImage:
             eps_fn = told_when_slow(eps_fn)
         options = {name: getattr(settings, name) for name in sampler.options}
         rule = functools.partial(sampler.rule, **options)
-        grid = settings.grid(self.config)
+        grid = settings.grid(self.schedule)
         prediction = self.config.prediction
         steps = sample(
             rule, eps_fn, x, grid, self.schedule, generators=generators, prediction=prediction

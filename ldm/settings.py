@@ -163,9 +163,9 @@ class Settings:
         (prompt,) = self.prompts
         return prompt
 
-    def grid(self, config: ModelConfig) -> Levels:
-        """The pairs of noise levels that the run walks: one step for each."""
-        schedule = NoiseSchedule(config.schedule)
+    def grid(self, schedule: NoiseSchedule) -> Levels:
+        """The pairs of noise levels that the run walks in a model of this schedule: one step for
+        each."""
         return PRESETS[self.like].grid(self.sampler, self.steps, schedule, self.spacing)
 
     def alone(self, index: int) -> Self:

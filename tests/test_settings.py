@@ -13,10 +13,12 @@ import pytest
 from ldm.config import SD_V1, DefaultsConfig
 from ldm.pipeline import TextToImage
 from ldm.samplers import SAMPLERS
+from ldm.schedule import NoiseSchedule
 from ldm.settings import MAX_BYTES, Settings, bytes_held
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config()
+SCHEDULE = NoiseSchedule(CONFIG.schedule)
 
 
 def test_none_is_the_models_own_default() -> None:
@@ -142,7 +144,7 @@ def test_a_field_with_a_default_may_be_missing_and_no_other() -> None:
 
 def test_the_grid_is_the_presets_timesteps_with_the_samplers_end() -> None:
     def walked(**asked: object) -> list[tuple[float, float]]:
-        grid = Settings.of(CONFIG, "a", **asked).grid(CONFIG)
+        grid = Settings.of(CONFIG, "a", **asked).grid(SCHEDULE)
         return [(here.t, there.t) for here, there in grid]
 
     assert walked(steps=3) == [(667, 334), (334, 1), (1, 0)]
@@ -150,7 +152,7 @@ def test_the_grid_is_the_presets_timesteps_with_the_samplers_end() -> None:
     assert walked(steps=2, sampler="euler") == [(999, 499), (499, -1)]
     assert walked(steps=2, sampler="euler", spacing="leading") == [(501, 1), (1, -1)]
     compvis = dataclasses.replace(Settings.of(CONFIG, "a", steps=7), like="compvis")
-    assert len(compvis.grid(CONFIG)) == 8
+    assert len(compvis.grid(SCHEDULE)) == 8
 
 
 def test_fresh_noise_is_ddpms_and_that_of_an_eta() -> None:

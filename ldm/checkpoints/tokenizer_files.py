@@ -80,8 +80,15 @@ def tokenizer_written(tokenizer: Tokenizer, folder: Path) -> Iterator[None]:
         texts[WORDS_FILE] = "\n".join(sorted(tokenizer.words))
     with contextlib.ExitStack() as stack:
         for name, text in texts.items():
-            temporary = stack.enter_context(written_whole(folder / name))
-            temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+            stack.enter_context(text_written(folder / name, text))
+        yield
+
+
+@contextlib.contextmanager
+def text_written(path: Path, text: str) -> Iterator[None]:
+    """Write a text, which appears after what is done in the meantime, if nothing fails."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
         yield
 
 

@@ -275,7 +275,7 @@ def draw(pipe: TextToImage, order: Order) -> Iterator[tuple[Recipe, Image]]:
     """Follow the recipes in order: each picture, when it is finished, with its own."""
     from tqdm import tqdm
 
-    steps = sum(len(one.settings.grid(pipe.config)) for one in order.recipes)
+    steps = sum(len(one.settings.grid(pipe.schedule)) for one in order.recipes)
     # No bar where nobody watches: in a log it would be a line a step.
     with tqdm(total=steps * order.each, unit="step", file=sys.stderr, disable=None) as bar:
         for recipe in order:

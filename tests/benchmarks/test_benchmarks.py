@@ -73,7 +73,8 @@ def fails(setting: Setting) -> Callable[[], object]:
     raise ValueError("not this one")
 
 
-@pytest.mark.parametrize("fresh", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", [True, False])
 def test_sides_run_in_turn_after_a_warm_up(fresh: bool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     result = measure(
@@ -95,7 +96,7 @@ def test_a_run_counts_its_own_time_and_memory_alone(tmp_path: Path) -> None:
         assert 95e6 < run.memory < 140e6
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("fresh", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_last_outputs_are_compared(fresh: bool, tmp_path: Path) -> None:
     sides = (partial(counts, step=step) for step in (1.5, 1.0))
     result = measure(Benchmark("counts", *sides, fresh), setting(tmp_path / "none"), pairs=2)
@@ -154,8 +155,8 @@ ROUNDING, A_LEVEL, BFLOAT16 = 1e-4, 0.1, 0.02
 @pytest.mark.parametrize(
     "suite, options, bound",
     [
-        ("text", [], ROUNDING),
-        ("unet", ["--batch=3", "--size=128"], ROUNDING),
+        pytest.param("text", [], ROUNDING, marks=pytest.mark.slow),
+        pytest.param("unet", ["--batch=3", "--size=128"], ROUNDING, marks=pytest.mark.slow),
         ("decode", ["--size=128"], ROUNDING),
         pytest.param("image", ["--steps=2"], A_LEVEL, marks=pytest.mark.slow),
         pytest.param("image", ["--steps=2", "--low-memory"], A_LEVEL, marks=pytest.mark.slow),

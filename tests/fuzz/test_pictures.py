@@ -17,6 +17,7 @@ from PIL import Image
 from ldm.cli.generate import check_sheet, order_like
 from ldm.cli.main import main
 from ldm.recipe import KEY, Recipe, read_recipes, save_png
+from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings
 from tests.fuzz.edits import (
     CHANGES,
@@ -33,6 +34,7 @@ from tests.fuzz.watching import Watch, assert_lines, fuzzed, outcome
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config()
+SCHEDULE = NoiseSchedule(CONFIG.schedule)
 RECIPE = Recipe(
     settings=Settings.of(CONFIG, "a red house", seed=3, steps=7, height=16, width=24),
     model="tiny",
@@ -134,7 +136,7 @@ class Picture:
         for recipe in found:
             settings = recipe.settings
             assert settings.height * settings.width <= MOST_PIXELS
-            assert len(settings.grid(CONFIG)) <= CONFIG.schedule.num_train_timesteps
+            assert len(settings.grid(SCHEDULE)) <= CONFIG.schedule.num_train_timesteps
         return message
 
 

@@ -89,7 +89,7 @@ def explain_runs(
     """Draw one run or two, and write their page; other arguments as in `explain`."""
     from tqdm import tqdm
 
-    work = sum(work_of(len(run.grid(pipe.config))) for run in runs)
+    work = sum(work_of(len(run.grid(pipe.schedule))) for run in runs)
     with tqdm(total=work, unit="step", disable=not progress) as bar:
         films = [film(pipe, run, on_work=bar.update) for run in runs]
     page = player_html(films, pipe.schedule.alpha_bar.tolist(), max_bytes=max_bytes)
