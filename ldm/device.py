@@ -26,7 +26,7 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         checked = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown device {device!r}: try cpu, cuda or mps") from error
+        raise ValueError(f"unknown device {device!r:.80}: try cpu, cuda or mps") from error
     there = {
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,

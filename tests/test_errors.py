@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ldm import errors
+from ldm.device import check_device
 from ldm.errors import LINE, CheckpointError, did_you_mean, printable, some
 
 OWNED = "\x1b]0;owned\x07"
@@ -59,3 +60,9 @@ def test_of_many_names_a_few_are_told() -> None:
 )
 def test_the_nearest_name_is_offered_where_one_is_near(name: str, near: str) -> None:
     assert did_you_mean(name, ["ddim", "ddpm"]) == (f"; did you mean {near}?" if near else "")
+
+
+def test_a_name_of_any_length_is_told_in_a_line_of_bounded_length() -> None:
+    with pytest.raises(ValueError, match="^unknown device") as error:
+        check_device("家" * 5000)
+    assert len(str(error.value)) < 200
