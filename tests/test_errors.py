@@ -63,6 +63,6 @@ def test_the_nearest_name_is_offered_where_one_is_near(name: str, near: str) -> 
 
 
 def test_a_name_of_any_length_is_told_in_a_line_of_bounded_length() -> None:
-    with pytest.raises(ValueError, match="^unknown device") as error:
+    with pytest.raises(ValueError, match=r"^unknown device") as error:
         check_device("家" * 5000)
     assert len(str(error.value)) < 200
