@@ -1,7 +1,9 @@
 """Samplers by their names: what a run that asks for one needs to know of it.
 
-sampler = SAMPLERS["dpmpp_2m"]
-for step in sample(sampler.rule, eps_fn, x, sampler.grid(20, schedule), schedule): ...
+    sampler = SAMPLERS["dpmpp_2m"]
+    for step in sample(sampler.rule, eps_fn, x, sampler.grid(20, schedule), schedule): ...
+
+Rules with `options` are called with those settings too.
 """
 
 from __future__ import annotations

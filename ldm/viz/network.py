@@ -1,8 +1,10 @@
 """What a network looks like inside: its shape, and the maps that pass through it.
 
-with ldm.record(pipe.unet, "mid", "up.0.blocks.1") as seen:
-    pipe.unet(x, t, context)
-viz.feature_maps({name: calls[0] for name, calls in seen.items()})
+    with ldm.record(pipe.unet, "mid", "up.0.blocks.1") as seen:
+        pipe.unet(x, t, context)
+    viz.feature_maps({name: calls[0] for name, calls in seen.items()})
+
+Both are given names and numbers, and know no model.
 """
 
 from __future__ import annotations
