@@ -141,14 +141,27 @@ class ScheduleConfig:
     betas: tuple[float, ...] | None = field(default=None, repr=False)
     """The table itself, one beta per timestep, where it is not that of the rule above: such betas
     may fall."""
+    zero_terminal_snr: bool = False
+    """Whether the rule's table is rescaled to leave nothing of the picture at the last timestep:
+    see `ldm.schedule.ending_in_noise`. A table of its own is as it is."""
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the last timestep is pure noise. There a model cannot be asked for the noise, of
+        which it sees all, but for the picture."""
+        return self.zero_terminal_snr if self.betas is None else self.betas[-1] == 1
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a number out of its range."""
         check_whole(self, 1, MOST_TIMESTEPS, "num_train_timesteps")
         check_real(self, *BETAS, "beta_start", "beta_end")
+        if not isinstance(self.zero_terminal_snr, bool):
+            raise wrong(self, "zero_terminal_snr", "true or false")
         if self.betas is not None:
             self.check_table(self.betas)
             return
+        if self.zero_terminal_snr and self.num_train_timesteps < 2:
+            raise wrong(self, "num_train_timesteps", "2 or more: the last is pure noise")
         if not self.beta_start <= self.beta_end:
             raise wrong(self, "beta_end", f"{self.beta_start} (beta_start) or more")
         if self.beta_start == 1:
@@ -211,6 +224,8 @@ class ModelConfig:
         check_whole(self, 1, WIDEST, "image_size")
         if self.prediction not in PREDICTIONS:
             raise wrong(self, "prediction", f"one of {', '.join(PREDICTIONS)}")
+        if self.prediction == "eps" and self.schedule.ends_in_noise:
+            raise wrong(self, "prediction", "v, x0 or flow: the noise schedule ends in pure noise")
 
 
 # --- What a number can be ----------------------------------------------------------------------

@@ -185,8 +185,8 @@ class NoiseSchedule:
         """The grid of `usual_timesteps` in this schedule; where that ends in pure noise, it must
         begin there, and is that of `trailing_timesteps` (Lin et al. 2023, 3.3)."""
         total = self.config.num_train_timesteps
-        ends_in_noise = self.alpha_bar[-1].item() == 0.0
-        return (trailing_timesteps if ends_in_noise else usual_timesteps)(steps, total)
+        grid = trailing_timesteps if self.config.ends_in_noise else usual_timesteps
+        return grid(steps, total)
 
     def ddim_timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The pairs (t, t_prev) that DDIM walks; the last one ends at timestep 0, as SD v1 does,
@@ -206,7 +206,19 @@ def exact_tables(config: ScheduleConfig) -> tuple[Tensor, Tensor]:
     else:
         start, end = config.beta_start**0.5, config.beta_end**0.5
         betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float64) ** 2
+        if config.zero_terminal_snr:
+            betas = ending_in_noise(betas)
     return betas, torch.cumprod(1.0 - betas, dim=0)
+
+
+def ending_in_noise(betas: Tensor) -> Tensor:
+    """Such betas that nothing is left of the picture at the last timestep, as samplers suppose who
+    begin there with pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1): sqrt(alpha_bar)
+    is moved to end at 0 and stretched to begin where it began. (T,) float64, of 2 or more."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root.square()
+    return 1.0 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
 
 def even_timesteps(steps: int, total: int) -> list[int]:

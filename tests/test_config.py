@@ -72,6 +72,7 @@ WRONG: dict[type[Any], list[tuple[str, Any]]] = {
         *out_of_range("betas", (), (0.1,) * 999, [0.1] * 1000, 0.1),
         *out_of_range("betas", *((0.001,) * 999 + (last,) for last in (*REAL, 1.5))),
         *out_of_range("betas", (0.001,) * 500 + (1.0,) + (0.001,) * 499, (0.1,) * 1000),
+        *out_of_range("zero_terminal_snr", 0, 1, None, "true", 1.0),
     ],
     DefaultsConfig: [
         *out_of_range("sampler", "a\x1bb", "a" * 256, None, 3),
@@ -102,6 +103,20 @@ def test_the_name_and_the_size_of_a_model_have_ranges() -> None:
     for size in (*WHOLE, 2**17):
         with pytest.raises(ConfigError, match=r"ModelConfig\.image_size must be"):
             ModelConfig(name="a", image_size=size)  # type: ignore[arg-type]
+
+
+def test_from_pure_noise_the_noise_is_no_prediction() -> None:
+    for schedule in (
+        ScheduleConfig(zero_terminal_snr=True),
+        ScheduleConfig(2, 0.5, 1.0, (0.5, 1.0)),
+    ):
+        assert schedule.ends_in_noise
+        with pytest.raises(ConfigError, match=r"prediction must be v, x0 or flow: the noise"):
+            ModelConfig("a", 8, schedule=schedule)
+        ModelConfig("a", 8, schedule=schedule, prediction="v")
+    assert not ScheduleConfig().ends_in_noise
+    with pytest.raises(ConfigError, match="num_train_timesteps must be 2 or more"):
+        ScheduleConfig(1, zero_terminal_snr=True)
 
 
 def test_a_channel_for_each_sine_and_cosine() -> None:

@@ -70,6 +70,22 @@ def test_alpha_bar_has_sd_v1s_known_values() -> None:
     assert (SCHEDULE.alpha_bar.diff() < 0).all()
 
 
+def test_zero_terminal_snr_ends_in_pure_noise_and_begins_where_it_began() -> None:
+    """Lin et al. 2023, algorithm 1, against diffusers' own, which computes it in float32."""
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    rescaled = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    assert rescaled.alpha_bar[-1] == 0 and rescaled.betas[-1] == 1
+    assert rescaled.alpha_bar[0] == SCHEDULE.alpha_bar[0]
+    root, plain = rescaled.alpha_bar.double().sqrt(), SCHEDULE.alpha_bar.double().sqrt()
+    assert (rescaled.alpha_bar.diff() < 0).all()
+    slope = (root[0] - root[-1]) / (plain[0] - plain[-1])
+    torch.testing.assert_close(root, slope * (plain - plain[-1]), rtol=1e-6, atol=1e-6)
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(SCHEDULE.betas.clone()), dim=0)
+    torch.testing.assert_close(rescaled.alpha_bar, theirs, rtol=0, atol=2e-6)
+    assert rescaled.timesteps(4) == [999, 749, 499, 249]
+
+
 def test_tables_are_float32_on_the_cpu() -> None:
     for table in (SCHEDULE.betas, SCHEDULE.alpha_bar):
         assert table.shape == (1000,)

@@ -16,22 +16,24 @@ LONGEST = 100_000  # characters; a config has 1,000
 
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
-    """A config as sorted JSON, without `defaults` and `prediction` where they are the dataclass's
-    own, and without the betas of a noise schedule that is a table: files of weights hold those as
-    tensors."""
+    """A config as sorted JSON, without `defaults`, `prediction` and `schedule.zero_terminal_snr`
+    where they are the dataclass's own, and without the betas of a noise schedule that is a table:
+    files of weights hold those as tensors."""
     data = dataclasses.asdict(config)
     del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():
         del data["defaults"]
     if config.prediction == "eps":
         del data["prediction"]
+    if not config.schedule.zero_terminal_snr:
+        del data["schedule"]["zero_terminal_snr"]
     return json.dumps(data, sort_keys=True, indent=indent)
 
 
 def config_from_json(text: str, path: Path) -> ModelConfig:
     """The inverse of `config_to_json`, for a text that comes from `path`.
 
-    The text may leave out `defaults` and `prediction`, and has then the dataclass's own.
+    What `config_to_json` leaves out is then the dataclass's own.
 
     Raises:
         UnreadableError: it is not such a config.
@@ -45,6 +47,8 @@ def config_from_json(text: str, path: Path) -> ModelConfig:
         if isinstance(data, dict):
             data.setdefault("defaults", dataclasses.asdict(DefaultsConfig()))
             data.setdefault("prediction", "eps")
+            if isinstance(data.get("schedule"), dict):
+                data["schedule"].setdefault("zero_terminal_snr", False)
         with said_of(path):
             config: ModelConfig = read_like(SD_V1, data)
     except ConfigError:

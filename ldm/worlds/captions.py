@@ -99,7 +99,7 @@ def describe(
 
 
 def _choose(names: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """What a random caption states; at least the ground or the sky."""
+    """What a random caption states; the ground or the sky, where it would state nothing."""
     said: dict[str, str] = {}
     for name, (present, absent) in STATED.items():
         value = names[name]
@@ -110,7 +110,7 @@ def _choose(names: Mapping[str, str], rng: np.random.Generator) -> dict[str, str
             said[name] = value
         elif name in _NAMEABLE and value != "none" and rng.random() < NAMED:
             said[name] = SOME
-    if not said.keys() & {"sky", "ground"}:
+    if not said:
         name = "ground" if rng.random() < 0.5 else "sky"
         said[name] = names[name]
     return said
@@ -120,8 +120,7 @@ def chances(stated: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """How the probability that a random caption states exactly this depends on the scene.
 
     It is a product of one factor for each attribute, and these are the factors of all values:
-    `{attribute: {value: factor}}`. They follow `_choose`, but for what states neither ground nor
-    sky: no caption does, so its factors leave out the last resort that adds one of them.
+    `{attribute: {value: factor}}`. They follow `_choose`.
 
     Raises:
         ValueError: an attribute or a value is unknown.
@@ -143,21 +142,19 @@ def chances(stated: Mapping[str, str]) -> dict[str, dict[str, float]]:
         return 1 - chance if said is None else 0.0
 
     factors = {k: {value: factor(k, value) for value in values} for k, values in ATTRIBUTES.items()}
-    # One of ground and sky at least is stated: so the sky's factor is that of both together.
+    # What would state nothing states the ground or the sky, so that each alone is said oftener.
+    # This ties the two together: the sky's factor is that of both.
+    sky, ground = STATED["sky"][0], STATED["ground"][0]
+    last_resort = (1 - sky) * (1 - ground) / 2 if stated.keys() in ({"sky"}, {"ground"}) else 0.0
     for value, is_so in factors["ground"].items():
         factors["ground"][value] = float("ground" not in stated or is_so > 0)
-    sky, ground = STATED["sky"][0], STATED["ground"][0]
-    neither = (1 - sky) * (1 - ground)
-    only_sky, only_ground = sky * (1 - ground) + neither / 2, (1 - sky) * ground + neither / 2
     for value, is_so in factors["sky"].items():
-        told = value == "night" and "light" in stated  # the moon tells the night by the way
-        if "sky" not in stated:
-            chance = 0.0 if told else only_ground if "ground" in stated else neither
-        elif "ground" in stated:
-            chance = sky * ground + (only_ground if told else 0.0)
+        if value == "night" and "light" in stated:  # the moon tells the night by the way
+            chance = 1.0 if "sky" in stated else 0.0
         else:
-            chance = only_sky
-        factors["sky"][value] = chance if is_so else 0.0
+            chance = sky if "sky" in stated else 1 - sky
+        both = chance * (ground if "ground" in stated else 1 - ground) + last_resort
+        factors["sky"][value] = both if is_so else 0.0
     return factors
 
 

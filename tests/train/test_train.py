@@ -43,6 +43,8 @@ from ldm.train.data import draw_scenes, rng_at
 from ldm.train.diffusion import (
     DiffusionSettings,
     LatentSet,
+    draw_caption,
+    draw_timesteps,
     encode_set,
     min_snr_weight,
     train_diffusion,
@@ -539,3 +541,27 @@ def test_an_error_of_any_prediction_counts_as_the_error_of_x0_that_it_makes(
     snr = alpha_bar / (1 - alpha_bar)
     expected = error * (snr.clamp(max=5.0) + (prediction != "eps"))
     torch.testing.assert_close(min_snr_weight(prediction, alpha_bar, 5.0), expected)
+
+
+def test_half_of_a_batch_is_drawn_where_it_is_decided_what_there_is() -> None:
+    rng = rng_at(0, 0)
+    drawn = torch.stack([draw_timesteps(rng, 20, 1000, DiffusionSettings()) for _ in range(200)])
+    noisy, any_of_all = drawn[:, :10], drawn[:, 10:]
+    assert (noisy.min(), noisy.max()) == (600, 999)
+    assert any_of_all.min() < 10 and any_of_all.max() > 990
+    # One in each of ten equal parts, and everywhere within it.
+    assert torch.equal(any_of_all // 100, torch.arange(10).expand(200, 10))
+    assert (any_of_all % 100).float().mean().sub(49.5).abs() < 4 * 29 / 2000**0.5
+
+
+def test_open_captions_are_drawn_oftener_without_moving_what_they_mean() -> None:
+    """The scenes of a caption stay those of the world: a caption is kept for its words alone."""
+    rng, settings = rng_at(1, 0), DiffusionSettings(caption_dropout=0.1, detailed_kept=0.2)
+    scenes = draw_scenes(rng, 400)
+    told = [draw_caption(rng, scenes, settings) for _ in range(3000)]
+    assert abs(sum(caption == "" for _, caption in told) / 3000 - 0.1) < 4 * (0.09 / 3000) ** 0.5
+    kept_all = DiffusionSettings(caption_dropout=0.0, detailed_kept=1.0)
+    plain = [scenes[i].describe(rng)[0] for i, _ in told]
+    few = sum(len(c) < 15 for c in plain) / 3000
+    assert few < sum(0 < len(c) < 15 for _, c in told) / sum(c != "" for _, c in told) / 2
+    assert all(draw_caption(rng, scenes, kept_all)[1] for _ in range(100))
