@@ -375,7 +375,7 @@ def load(
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
         vae, text: other files or folders, from which these stages come.
         prediction: what the UNet predicts, where that is not what the file says, or says by
-            nothing: "eps", the noise. "v" is refused: ldm cannot draw by it yet.
+            nothing: "eps", the noise, "v", the velocity, "x0" or "flow" (`ldm.schedule.pair_from`).
         check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
 
     Raises:
@@ -386,7 +386,8 @@ def load(
     """
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
-    sources = open_model(shipped_weights() if path is None else path, config, vae=vae, text=text)
-    plans = plan_stages(sources, ema, prediction)
+    path = shipped_weights() if path is None else path
+    sources = open_model(path, config, vae=vae, text=text, prediction=prediction)
+    plans = plan_stages(sources, ema)
     tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
     return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.config import SD_V1, DefaultsConfig, ModelConfig
+from ldm.config import SD_V1, DefaultsConfig, ModelConfig, ScheduleConfig
 from ldm.errors import ConfigError, UnreadableError
 
 LONGEST = 100_000  # characters; a config has 1,000
@@ -17,8 +17,10 @@ LONGEST = 100_000  # characters; a config has 1,000
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
     """A config as sorted JSON, without `defaults`, `prediction` and `schedule.zero_terminal_snr`
-    where they are the dataclass's own, and without the betas of a noise schedule that is a table:
-    files of weights hold those as tensors."""
+    where they are the dataclass's own, and without a noise schedule that is a table: files of
+    weights hold that as tensors, and here the plain one stands in its place."""
+    if config.schedule.betas is not None:
+        config = dataclasses.replace(config, schedule=ScheduleConfig())
     data = dataclasses.asdict(config)
     del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():

@@ -48,11 +48,11 @@ def convert(
     """
     target = Path(target)
     dtype = None if dtype is None else check_dtype(dtype)
-    sources = open_model(source, config, vae=vae, text=text)
+    sources = open_model(source, config, vae=vae, text=text, prediction=prediction)
     check_target(
         target, {entry.file.path for one in sources.values() for entry in one.entries.values()}
     )
-    plans = plan_stages(sources, ema, prediction)
+    plans = plan_stages(sources, ema)
     vocab_size = plans["text"].config.text.vocab_size
     tokenizer = require_tokenizer(plans["text"].path, vocab_size)
     if is_file(target):

@@ -14,6 +14,7 @@ from ldm.checkpoints.entries import Archive, Entry
 from ldm.checkpoints.families import is_sd_v1, other_family
 from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
 from ldm.checkpoints.loading import check_sources
+from ldm.checkpoints.noise import told
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.planning import check_blocks, plan
 from ldm.checkpoints.recognise import Weights, official_entries, own_config, understood
@@ -38,6 +39,7 @@ class Inspection:
         known_as: names of published files that it has the size (or the hash) of.
         schedule: what is to be said of the noise schedule; empty where the file has no other than
             its config.
+        prediction: what the UNet predicts and who says so, in words; empty where nobody does.
         stages: stage -> number of keys, of the stages that are there; missing: those that are not.
         dtypes: type -> number of tensors that belong to a stage.
         ema: number of keys in a second set of weights, their running mean.
@@ -56,6 +58,7 @@ class Inspection:
     refused: str
     known_as: tuple[str, ...]
     schedule: str
+    prediction: str
     stages: dict[str, int]
     missing: tuple[str, ...]
     dtypes: dict[str, int]
@@ -82,6 +85,7 @@ class Inspection:
             "refused": self.refused,
             "known as": " or ".join(self.known_as),
             "schedule": self.schedule,
+            "prediction": self.prediction,
             "stages": ", ".join(stages) or "none",
             "missing": ", ".join(self.missing),
             "dtypes": ", ".join(
@@ -117,7 +121,7 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
     archive = open_archive(path)
     config = own_config(archive)
     entries = official_entries(archive, config)
-    refused, schedule = refusal(archive, entries, config)
+    refused, schedule, prediction = refusal(archive, entries, config)
     family, config = family_of(entries, config)
     unknown = unknown_keys(entries, config)
     weights = {k: e for k, e in entries.items() if k not in unknown and not is_expendable(k)}
@@ -136,6 +140,7 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
         refused=refused,
         known_as=known_as(sizes, hashes),
         schedule=schedule,
+        prediction=prediction,
         stages=stages,
         missing=tuple(stage for stage in STAGES if stage not in stages),
         dtypes=dict(
@@ -152,13 +157,13 @@ def inspect(path: str | Path, *, sha256: bool = False) -> Inspection:
 
 def refusal(
     archive: Archive, entries: Mapping[str, Entry], config: ModelConfig | None
-) -> tuple[str, str]:
+) -> tuple[str, str, str]:
     """The line with which loading what is there would be refused, or nothing; and what is to be
-    said of the noise schedule."""
-    schedule = ""
+    said of the noise schedule, and of the prediction."""
+    schedule = prediction = ""
     try:
         weights = understood(archive, entries, config)
-        schedule = weights.schedule
+        schedule, prediction = weights.schedule, told(weights.predictions)
         stages = list(stages_in(k for k in entries if not is_expendable(k))) or STAGES
         check_sources(dict.fromkeys(stages, weights))
         for stage in stages:
@@ -167,8 +172,8 @@ def refusal(
             else:
                 plan(weights, stage)
     except CheckpointError as error:
-        return str(error), schedule
-    return "", schedule
+        return str(error), schedule, prediction
+    return "", schedule, prediction
 
 
 def check_text(weights: Weights) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.folders import find_parts
 from ldm.checkpoints.keys import PREFIXES
+from ldm.checkpoints.noise import objection, told
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.planning import Ema, Plan, plan
 from ldm.checkpoints.recognise import Weights, recognise
@@ -148,10 +149,11 @@ def open_model(
     *,
     vae: str | Path | None = None,
     text: str | Path | None = None,
+    prediction: str | None = None,
 ) -> dict[str, Weights]:
     """The weights of each stage of a whole model: all in one place, or the autoencoder and the text
     encoder elsewhere. Arguments and errors as those of `open_archive` and `recognise`."""
-    main = recognise(open_archive(path), config)
+    main = recognise(open_archive(path), config, prediction=prediction)
     sources = dict.fromkeys(STAGES, main)
     for stage, other in {"vae": vae, "text": text}.items():
         if other is not None:
@@ -179,34 +181,25 @@ def joint_config(sources: Mapping[str, Weights]) -> ModelConfig:
     return dataclasses.replace(unet, vae=vae.vae, text=text.text)
 
 
-def plan_stages(
-    sources: Mapping[str, Weights], ema: Ema = "auto", prediction: str | None = None
-) -> dict[str, Plan]:
+def plan_stages(sources: Mapping[str, Weights], ema: Ema = "auto") -> dict[str, Plan]:
     """Find every weight of the stages that `sources` names, each in its own file.
 
-    Args:
-        prediction: what the UNet predicts: "eps", the noise, or "v", the velocity. It counts before
-            what the file says; None, where the file says nothing either, is "eps".
-
     Raises:
-        FamilyError: it is "v", which ldm cannot draw by yet.
         CheckpointError, ValueError: as in `load_stages`.
     """
-    check_sources(sources, prediction)
+    check_sources(sources)
     return {stage: plan(weights, stage, ema) for stage, weights in sources.items()}
 
 
-def check_sources(sources: Mapping[str, Weights], prediction: str | None = None) -> None:
+def check_sources(sources: Mapping[str, Weights]) -> None:
     """What can be wrong before a single weight is looked for.
 
     Raises:
-        CheckpointError, ValueError: as `plan_stages`.
+        CheckpointError: as `plan_stages`.
     """
-    if prediction not in (None, "eps", "v"):
-        raise ValueError(f"prediction must be 'eps' or 'v', not {prediction!r:.80}")
     check_present(sources)
-    if "unet" in sources:
-        check_prediction(sources["unet"], prediction)
+    if "unet" in sources and (wrong := objection(sources["unet"].predictions)):
+        raise FamilyError(f"{sources['unet'].path} {wrong}")
     if len(sources) == len(STAGES):  # a whole model answers for all that is in its files
         joint_config(sources)
         for weights in sources.values():
@@ -237,18 +230,6 @@ def check_present(sources: Mapping[str, Weights]) -> None:
         raise MissingPartsError(f"{line}; pass {options}: a file or folder with it")
 
 
-def check_prediction(weights: Weights, prediction: str | None) -> None:
-    """A FamilyError for a model that is said to predict another thing than its config has, and who
-    says so: the caller or, if `prediction` is None, the file."""
-    drawn_by = weights.config.prediction
-    said = weights.predictions if prediction is None else {"prediction=": prediction}
-    for who, what in said.items():
-        if what != drawn_by:
-            told = f"{weights.path} is a model that predicts {what}, as {who} says"
-            asked = "eps, the noise" if drawn_by == "eps" else f"{drawn_by}, as its config says"
-            raise FamilyError(f"{told}; ldm draws by those that predict {asked}")
-
-
 def check_strays(weights: Weights) -> None:
     """A KeysError for keys that belong to no stage and are not known not to matter."""
     known = tuple(PREFIXES.values())
@@ -267,6 +248,7 @@ class Origin:
         container: of the UNet's.
         ema: whether the UNet's weights are the running mean of those that were trained.
         schedule: what is to be said of the noise schedule; empty where it is the config's.
+        predictions: what the UNet predicts, by each who says so.
         ignored: what else the files hold and is known not to matter: first word of keys -> number.
         stubs: the globals that a pickle named; none was called.
     """
@@ -275,6 +257,7 @@ class Origin:
     container: str
     ema: bool
     schedule: str
+    predictions: Mapping[str, str]
     ignored: Mapping[str, int]
     stubs: tuple[str, ...]
 
@@ -286,6 +269,8 @@ class Origin:
             facts.append("EMA weights")
         if self.schedule:
             facts.append(self.schedule)
+        if self.predictions:
+            facts.append(told(self.predictions))
         facts += [f"{stage} from {path}" for stage, path in self.paths.items() if path != main]
         if self.ignored:
             ignored = [f"{count} of {name}" for name, count in self.ignored.items()]
@@ -304,6 +289,7 @@ def origin(plans: Mapping[str, Plan]) -> Origin:
         container=plans["unet"].weights.archive.container,
         ema=plans["unet"].ema,
         schedule=plans["unet"].weights.schedule,
+        predictions=plans["unet"].weights.predictions,
         ignored=ignored_in({key for archive in archives for key in archive.entries} - taken),
         stubs=tuple(dict.fromkeys(stub for archive in archives for stub in archive.stubs)),
     )

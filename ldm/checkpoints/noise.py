@@ -2,12 +2,14 @@
 
 Official files carry the noise schedule as tables, and other programs draw by those. Most are Stable
 Diffusion v1's, often rounded with the weights; where they are not, they count. What the UNet
-predicts is said in one of three places, or nowhere: then it is the noise, eps.
+predicts is said in one of several places, or nowhere: then it is as the config says, and that of
+Stable Diffusion v1 says the noise, eps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.entries import Archive, Entry
-from ldm.config import BETAS, MOST_TIMESTEPS, ScheduleConfig
+from ldm.config import BETAS, MOST_TIMESTEPS, PREDICTIONS, ScheduleConfig
 from ldm.errors import ConfigError
 from ldm.schedule import exact_tables
 
@@ -32,7 +34,8 @@ def own_schedule(
 ) -> tuple[ScheduleConfig, str]:
     """The noise schedule of a file, and what is to be said of it: `config` itself and nothing, if
     the file has no tables, or copies of those; else a table of its own. Tables that hold no
-    schedule do not count: programs that merge models leave zeros there.
+    schedule do not count: programs that merge models leave zeros there. The tensor `ztsnr` says
+    that the config's is to be rescaled.
 
     Args:
         entries: by official keys. Where both tables differ from the config's, samplers draw by
@@ -41,6 +44,9 @@ def own_schedule(
     known = dict(zip(("betas", "alphas_cumprod"), exact_tables(config), strict=True))
     found = {name: entries[name] for name in known if name in entries}
     tables = {n: read_table(entry) for n, entry in found.items() if not is_copy(entry, known[n])}
+    if not tables and RESCALED in entries and not config.ends_in_noise:
+        rescaled = dataclasses.replace(config, zero_terminal_snr=True)
+        return rescaled, f"it ends in pure noise, as the tensor {RESCALED} says"
     if not tables:
         return config, ""
     betas, alpha_bar = tables.get("betas"), tables.get("alphas_cumprod")
@@ -52,8 +58,8 @@ def own_schedule(
         first, last = numbers[0], numbers[-1]
         with contextlib.suppress(ConfigError):  # these cannot be betas
             schedule = ScheduleConfig(len(numbers), first, last, numbers)
-            told = f"its own noise schedule: {len(numbers)} betas from {first:.3g} to {last:.3g}"
-            return schedule, told
+            span = f"{len(numbers)} betas from {first:.3g} to {last:.3g}"
+            return schedule, f"its own noise schedule: {span}"
     return config, "its tables hold no noise schedule: the config's is used"
 
 
@@ -84,26 +90,33 @@ def read_table(entry: Entry) -> Tensor:
 
 # --- What the UNet predicts ------------------------------------------------------------------
 
-MARKERS = {"v_pred": "v", "ztsnr": "v", "edm_vpred.sigma_min": "v", "edm_vpred.sigma_max": "v"}
+RESCALED = "ztsnr"
+EDM = "v on the noise levels of EDM"
+MARKERS = {"v_pred": "v", RESCALED: "v", "edm_vpred.sigma_min": EDM, "edm_vpred.sigma_max": EDM}
 """Keys of tensors that say it by being there: key -> what is predicted."""
-SPELLINGS = {"epsilon": "eps", "v_prediction": "v", "v-prediction": "v", "velocity": "v"}
+SPELLINGS = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "velocity": "v",
+    "sample": "x0",
+    "flow": "rectified flow",  # on a schedule that is not ours
+}
 # `parameterization: "v"`, as the training code of latent diffusion has it, and not in a comment.
 PARAMETERIZATION = re.compile(r"^[^#\n]*\bparameterization[\"']?\s*:\s*[\"']?(\w+)", re.MULTILINE)
 MOST_YAML = 2**20
 
 
 def predictions(
-    archive: Archive, entries: Mapping[str, Entry], schedule: ScheduleConfig
+    archive: Archive, entries: Mapping[str, Entry], schedule: ScheduleConfig, config: str = "eps"
 ) -> dict[str, str]:
     """What the UNet of a file predicts, by each who says so: name -> "eps", "v", or another word.
 
-    Asked are tensors that are markers, the metadata of safetensors, a `.yaml` beside the file, and
-    the noise schedule: from pure noise, the noise says nothing of the picture. (A diffusers
-    folder's scheduler says it too: `ldm.checkpoints.diffusers.configs` asks that.)
+    Asked are its config (of which eps is no answer: a config that says nothing has it), tensors
+    that are markers, the metadata of safetensors, a `.yaml` beside the file, and, where all of
+    these are silent, the noise schedule: from pure noise, the noise says nothing of the picture.
     """
     said = {f"the tensor {key}": what for key, what in MARKERS.items() if key in entries}
-    if schedule.betas is not None and schedule.betas[-1] == 1:
-        said["its noise schedule, which ends in pure noise,"] = "v"
     if what := archive.metadata.get("modelspec.prediction_type", "").strip().lower():
         said["its metadata"] = what
     if archive.metadata.get("ss_v_parameterization", "").strip().lower() == "true":
@@ -112,7 +125,29 @@ def predictions(
         beside = archive.path.with_suffix(suffix)
         if archive.path.is_file() and beside.is_file() and (told := read_yaml(beside)):
             said[beside.name] = told
-    return {who: SPELLINGS.get(what, what)[:80] for who, what in said.items()}
+    said = {who: SPELLINGS.get(what, what)[:80] for who, what in said.items()}
+    if config != "eps":
+        said = {"its config": config} | said
+    if schedule.ends_in_noise and not said:
+        said = {"its noise schedule, which ends in pure noise,": "v"}
+    return said
+
+
+def told(said: Mapping[str, str]) -> str:
+    """What is said of a prediction, in words; empty where nothing is."""
+    return " and ".join(f"predicts {what}, as {who} says" for who, what in said.items())
+
+
+def objection(said: Mapping[str, str]) -> str:
+    """What is wrong with what is said of a prediction, for a line that begins with the file: it is
+    none that ldm draws by, or two say two things. Nothing is wrong with the empty string."""
+    for who, what in said.items():
+        if what not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            return f"is a model that predicts {what}, as {who} says; ldm draws by {known}"
+    if len(set(said.values())) > 1:
+        return f"{told(said)}; pass prediction= to say which"
+    return ""
 
 
 def read_yaml(path: Path) -> str | None:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.checkpoints.config_json import config_from_json
+from ldm.checkpoints.config_json import config_from_json, said_of
 from ldm.checkpoints.diffusers.configs import LOADS, folder_config, part_stages
 from ldm.checkpoints.diffusers.names import PART_OF, official_keys
 from ldm.checkpoints.entries import DIFFUSERS_FOLDER, Archive, Entry
 from ldm.checkpoints.families import is_sd_v1, other_family
-from ldm.checkpoints.noise import own_schedule, predictions
+from ldm.checkpoints.noise import objection, own_schedule, predictions
 from ldm.checkpoints.spellings import official_name, stages_in
-from ldm.config import SD_V1, ModelConfig
+from ldm.config import PREDICTIONS, SD_V1, ModelConfig
 from ldm.errors import ConfigError, FamilyError, KeysError, some
 
 
@@ -25,9 +25,11 @@ class Weights:
     Attributes:
         archive: what the file or folder holds, by its own keys.
         entries: the same, by official keys; what has none keeps its own.
-        config: of the model that it belongs to, with the file's own noise schedule.
-        schedule: what is to be said of that; empty where it is the config's anyway.
-        predictions: what the UNet predicts, by each who says so (`noise.predictions`).
+        config: of the model that it belongs to, with the file's own noise schedule and prediction.
+        schedule: what is to be said of that schedule; empty where it is the config's anyway.
+        predictions: what the UNet predicts, by each who says so: the caller, or those whom
+            `noise.predictions` asks. They may contradict each other: loading a UNet asks
+            `noise.objection`.
     """
 
     archive: Archive
@@ -47,7 +49,10 @@ class Weights:
 
 
 def recognise(
-    archive: Archive, config: ModelConfig | None = None, default: ModelConfig | None = None
+    archive: Archive,
+    config: ModelConfig | None = None,
+    default: ModelConfig | None = None,
+    prediction: str | None = None,
 ) -> Weights:
     """Which model a file or a folder holds, with its tensors by official keys.
 
@@ -55,20 +60,30 @@ def recognise(
         config: the model's. Without it the file's own counts, then `default`, and then Stable
             Diffusion v1's, if the weights have its width. The noise schedule is the file's own in
             any case: its tables, where they are not those of the config.
+        prediction: what the UNet predicts, one of `ldm.config.PREDICTIONS`: it counts before what
+            the file says, as that counts before the config.
 
     Raises:
+        ValueError: no UNet predicts that.
         FamilyError: it is another kind of model.
-        ConfigError: there is no config for it.
+        ConfigError: there is no config for it, or the prediction says nothing in its noise.
         MissingPartsError: a folder without parts, or a part without its config.
         UnreadableError: the config that it brings is none.
         KeysError: two keys mean one weight.
     """
+    if prediction is not None and prediction not in PREDICTIONS:
+        there = ", ".join(PREDICTIONS)
+        raise ValueError(f"prediction must be one of {there}, not {prediction!r:.80}")
     stored = own_config(archive)
-    return understood(archive, official_entries(archive, stored), config or stored or default)
+    entries = official_entries(archive, stored)
+    return understood(archive, entries, config or stored or default, prediction)
 
 
 def understood(
-    archive: Archive, entries: Mapping[str, Entry], config: ModelConfig | None
+    archive: Archive,
+    entries: Mapping[str, Entry],
+    config: ModelConfig | None,
+    prediction: str | None = None,
 ) -> Weights:
     """The second half of `recognise`: an archive whose official keys, and config if any, are known.
 
@@ -84,8 +99,16 @@ def understood(
         )
     config = config or SD_V1
     schedule, told = own_schedule(entries, config.schedule)
-    config = dataclasses.replace(config, schedule=schedule)
-    return Weights(archive, entries, config, told, predictions(archive, entries, schedule))
+    if prediction is not None:
+        said = {"prediction=": prediction}
+    else:
+        said = predictions(archive, entries, schedule, config.prediction)
+    drawn_by = config.prediction
+    if said and not objection(said):
+        (drawn_by,) = set(said.values())
+    with said_of(archive.path):
+        config = dataclasses.replace(config, schedule=schedule, prediction=drawn_by)
+    return Weights(archive, entries, config, told, said)
 
 
 def own_config(archive: Archive) -> ModelConfig | None:

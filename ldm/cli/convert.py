@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         config=options.asked_config(args),
         vae=args.vae,
         text=args.text,
+        prediction=args.prediction,
     )
     options.tell(args.target)
     return 0

@@ -36,6 +36,7 @@ SAMPLERS = (
     *("dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"),
 )
 SPACINGS = ("leading", "linspace", "trailing", "karras")
+PREDICTIONS = ("eps", "v", "x0", "flow")  # of ldm.config
 LIKE = ("compvis", "diffusers")  # ldm.presets.PRESETS, but for our own
 DTYPES = ("float32", "float16", "bfloat16")  # of torch
 EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
@@ -117,6 +118,11 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="take the running mean of the UNet's weights; auto: if it is there (%(default)s)",
     )
+    p.add_argument(
+        "--prediction",
+        choices=PREDICTIONS,
+        help="what the UNet predicts (default: what the file says, else eps, the noise)",
+    )
 
 
 def add_drawing_options(p: argparse.ArgumentParser) -> None:
@@ -189,7 +195,11 @@ def open_asked(args: argparse.Namespace) -> tuple[Mapping[str, Weights], ModelCo
     from ldm.checkpoints.shipped import shipped_weights
 
     sources = open_model(
-        args.weights or shipped_weights(), asked_config(args), vae=args.vae, text=args.text
+        args.weights or shipped_weights(),
+        asked_config(args),
+        vae=args.vae,
+        text=args.text,
+        prediction=args.prediction,
     )
     return sources, joint_config(sources)
 

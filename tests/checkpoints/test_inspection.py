@@ -54,6 +54,7 @@ def test_a_file_of_ours(tmp_path: Path) -> None:
         refused="",
         known_as=(),
         schedule="",
+        prediction="",
         stages=COUNTS,
         missing=(),
         dtypes={"float32": sum(COUNTS.values())},
@@ -206,7 +207,7 @@ SPOILED = {
     },
     "text, with more": {"cond_stage_model.transformer.text_model.colour.weight": torch.ones(1)},
     "a stray": {"hypernetwork.bias": torch.ones(1)},
-    "v": {"v_pred": torch.ones(0)},
+    "v of EDM": {"edm_vpred.sigma_max": torch.ones(1)},
 }
 MISSING = {
     "unet": "model.diffusion_model.out.2.bias",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.diffusers.writing import save_folder
 from ldm.checkpoints.keys import schedule_entries
-from ldm.checkpoints.loading import load_unet, load_vae, plan_stages
+from ldm.checkpoints.loading import load_unet, load_vae
 from ldm.checkpoints.noise import read_yaml
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.recognise import Weights, recognise
 from ldm.config import ScheduleConfig
-from ldm.errors import FamilyError
-from ldm.schedule import NoiseSchedule
+from ldm.errors import ConfigError, FamilyError
+from ldm.schedule import NoiseSchedule, x0_from_v
 from tests.helpers import (
     CONTAINERS,
     STAGES,
@@ -195,31 +196,77 @@ WAYS = ["v_pred", "ztsnr", "its metadata", "kohya", "its noise schedule", ".yaml
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_that_predicts_v_is_refused_by_name(tmp_path: Path, way: str) -> None:
-    path = marked(tmp_path / "my.model.safetensors", way)
-    told = rf"{path} is a model that predicts v, as .* says; ldm draws by those that predict eps"
-    for load in (ldm.load, load_unet, lambda path: convert(path, tmp_path / "out.safetensors")):
-        with pytest.raises(FamilyError, match=told):
-            load(path)
+def test_a_model_that_predicts_v_is_drawn_by_v(tmp_path: Path, way: str) -> None:
+    path = marked(tiny_model(tmp_path) / "model.safetensors", way)
+    pipe = ldm.load(path, device="cpu")
+    assert pipe.config.prediction == "v"
+    assert "predicts v, as " in str(pipe.origin)
     found = ldm.inspect(path)
-    assert not found.loads and "is a model that predicts v" in found.refused
-    load_vae(path)  # which predicts nothing
+    assert found.loads and found.prediction.startswith("predicts v, as ")
+    step = next(pipe.denoise("a house", steps=2, guidance_scale=1.0))
+    with torch.no_grad():
+        v = pipe.unet(step.x, torch.tensor([step.t]), pipe.context(["a house"]))
+    torch.testing.assert_close(step.x0, x0_from_v(step.x, v, step.alpha_bar))
+    # A new file says it in its config, whatever said it in the old one.
+    pipe.save(tmp_path / "again.safetensors")
+    again = ldm.load(tmp_path / "again.safetensors", device="cpu")
+    torch.testing.assert_close(again.schedule.alpha_bar, pipe.schedule.alpha_bar)
+    assert again.origin is not None and again.origin.predictions == {"its config": "v"}
+
+
+def test_ztsnr_rescales_the_schedule(tmp_path: Path) -> None:
+    path = marked(tiny_model(tmp_path) / "model.safetensors", "ztsnr")
+    weights = recognise(open_archive(path))
+    assert weights.config.schedule == dataclasses.replace(
+        tiny_config().schedule, zero_terminal_snr=True
+    )
+    assert weights.schedule == "it ends in pure noise, as the tensor ztsnr says"
+    pipe = ldm.load(path, device="cpu")
+    (step,) = pipe.denoise("a house", steps=1)
+    assert (step.t, step.alpha_bar) == (999, 0.0) and step.x_prev.isfinite().all()
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_caller_knows_better(tmp_path: Path, way: str) -> None:
     path = marked(tiny_model(tmp_path) / "model.safetensors", way)
-    assert ldm.load(path, prediction="eps").config.name == "tiny"
+    assert ldm.load(path, prediction="x0").config.prediction == "x0"
+    if way in ("ztsnr", "its noise schedule"):
+        with pytest.raises(ConfigError, match=r"v, x0 or flow: the noise schedule ends in pure"):
+            ldm.load(path, prediction="eps")
+    else:
+        assert ldm.load(path, prediction="eps").config == tiny_config()
 
 
-def test_the_argument_says_it_for_a_file_that_does_not(saved) -> None:
-    path, _ = saved
-    sources = dict.fromkeys(STAGES, recognise(open_archive(path)))
-    assert plan_stages(sources, prediction="eps") == plan_stages(sources)
-    with pytest.raises(FamilyError, match=r"model that predicts v, as prediction= says"):
-        ldm.load(path, prediction="v")
-    with pytest.raises(ValueError, match="prediction must be 'eps' or 'v', not 'x0'"):
-        ldm.load(path, prediction="x0")
+def test_the_argument_says_it_for_a_file_that_does_not(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    pipe = ldm.load(path, prediction="v")
+    assert pipe.config.prediction == "v" and "predicts v, as prediction= says" in str(pipe.origin)
+    convert(path, tmp_path / "v.safetensors", prediction="v")
+    assert ldm.load(tmp_path / "v.safetensors").config.prediction == "v"
+    with pytest.raises(ValueError, match="prediction must be one of eps, v, x0, flow, not 'w'"):
+        ldm.load(path, prediction="w")
+
+
+@pytest.mark.parametrize("what", ["rectified flow", "flow", "score", "a\nb"])
+def test_what_ldm_cannot_draw_by_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {"ldm": config_to_json(tiny_config()), "modelspec.prediction_type": what}
+    save_file(tiny_tensors(), path, metadata=metadata)
+    for load in (ldm.load, load_unet, lambda path: convert(path, tmp_path / "out.safetensors")):
+        with pytest.raises(FamilyError, match=r"is a model that predicts .*, as its metadata says"):
+            load(path)
+    found = ldm.inspect(path)
+    assert not found.loads and "is a model that predicts" in found.refused
+    load_vae(path)  # which predicts nothing
+
+
+def test_two_who_say_two_things_are_both_named(tmp_path: Path) -> None:
+    path = marked(tiny_model(tmp_path) / "model.safetensors", "v_pred")
+    path.with_suffix(".yaml").write_text(YAML.format(line='parameterization: "eps"'))
+    told = "predicts v, as the tensor v_pred says and predicts eps, as model.yaml says; pass predic"
+    with pytest.raises(FamilyError, match=told):
+        ldm.load(path)
+    assert ldm.load(path, prediction="eps").config.prediction == "eps"
 
 
 LINES = {
@@ -260,7 +307,10 @@ def test_one_part_of_a_folder_is_of_the_folders_noise(tmp_path: Path) -> None:
     fields = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(fields | {"beta_end": 0.02}))
     assert recognise(open_archive(folder / "unet")).config.schedule.beta_end == 0.02
-    scheduler.write_text(json.dumps(fields | {"prediction_type": "v_prediction"}))
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps(fields | v))
     for path in (folder, folder / "unet"):
-        with pytest.raises(FamilyError, match="a model that predicts v"):
-            load_unet(path)
+        config = recognise(open_archive(path)).config
+        assert config.prediction == "v" and config.schedule.zero_terminal_snr
+        load_unet(path)
+    assert next(ldm.load(folder, device="cpu").denoise("a house", steps=2)).alpha_bar == 0.0

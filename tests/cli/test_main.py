@@ -19,9 +19,11 @@ import torch
 
 from ldm.cli import main as cli
 from ldm.cli import options
+from ldm.config import PREDICTIONS
 from ldm.errors import LINE
 from ldm.presets import PRESETS
 from ldm.recipe import MAX_SCALE
+from ldm.config import PREDICTIONS
 from ldm.samplers import SAMPLERS, SPACINGS
 from ldm.version import ldm_version
 from tests.places import ROOT
@@ -85,6 +87,7 @@ def test_how_threads_wait_is_chosen_by_the_load_before_torch_is_loaded(
 def test_the_names_in_help_texts_are_those_that_there_are() -> None:
     assert tuple(SAMPLERS) == options.SAMPLERS
     assert SPACINGS == options.SPACINGS
+    assert PREDICTIONS == options.PREDICTIONS
     assert options.MAX_SCALE == MAX_SCALE
     assert {None, *options.LIKE} == PRESETS.keys()
     dtypes = [options.named_dtype(name) for name in options.DTYPES]

@@ -185,6 +185,7 @@ def small_files(folder: Path) -> None:
         "stray": tensors | {"hypernetwork.bias": bias.clone()},
         "linear": tensors | {"betas": torch.linspace(1e-4, 2e-2, 1000)},
         "v": tensors | {"v_pred": torch.zeros(0)},
+        "edm": tensors | {"edm_vpred.sigma_max": torch.ones(1)},
     }
     for name, content in files.items():
         write_weights(small / f"{name}.safetensors", content, config=config)

@@ -19,6 +19,7 @@ from ldm.checkpoints.families import OTHER_INPUTS
 from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER, SCHEDULER_BESIDE
 from ldm.config import SD_V1, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import NAME, FamilyError, MissingPartsError, UnreadableError, printable
+from ldm.schedule import ending_in_noise, exact_tables
 
 LOADS = "ldm loads Stable Diffusion v1 models"
 
@@ -75,10 +76,7 @@ VAE_IGNORED = {"force_upcast", "sample_size"}
 # transformers writes dozens of fields that mean nothing here, so only these are looked at; and so
 # with the scheduler's, most of which are a sampler's, and ldm has its own samplers.
 TEXT_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
-SCHEDULE_FIXED = {
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-}
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 VAE_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -276,11 +274,11 @@ def read_schedule_config(file: ConfigFile) -> ScheduleConfig:
 
     Raises: as `read_unet_config`.
     """
-    if (kind := file.get("prediction_type", "epsilon")) == "v_prediction":
-        raise file.family(f"a model that predicts v, as Stable Diffusion 2 does ({kind})")
-    file.check_fixed(SCHEDULE_FIXED)
+    rescaled = file.get("rescale_betas_zero_snr", False)
+    if not isinstance(rescaled, bool):
+        raise file.unreadable("rescale_betas_zero_snr", rescaled, "true or false")
     if (table := file.fields.get("trained_betas")) is not None:
-        return table_schedule(file, table)
+        return table_schedule(file, table, rescaled)
     if (betas := file.get("beta_schedule", "linear")) != "scaled_linear":
         raise file.other("beta_schedule", betas, "'scaled_linear'")
     with said_of(file.path):
@@ -288,15 +286,33 @@ def read_schedule_config(file: ConfigFile) -> ScheduleConfig:
             num_train_timesteps=file.whole("num_train_timesteps", 1000),
             beta_start=file.real("beta_start", 0.0001),
             beta_end=file.real("beta_end", 0.02),
+            zero_terminal_snr=rescaled,
         )
 
 
-def table_schedule(file: ConfigFile, table: object) -> ScheduleConfig:
+def table_schedule(file: ConfigFile, table: object, rescaled: bool) -> ScheduleConfig:
     """`trained_betas`, the noise schedule as a table of its own."""
     if not isinstance(table, list) or not table:
         raise file.unreadable("trained_betas", table, "a list of numbers")
     with said_of(file.path):
-        return ScheduleConfig(len(table), table[0], table[-1], tuple(table))
+        schedule = ScheduleConfig(len(table), table[0], table[-1], tuple(table))
+        if not rescaled:
+            return schedule
+        betas = tuple(ending_in_noise(exact_tables(schedule)[0]).tolist())
+        return ScheduleConfig(len(betas), betas[0], betas[-1], betas)
+
+
+def read_prediction(file: ConfigFile) -> str:
+    """What the UNet predicts, by the scheduler's config, as one of `ldm.config.PREDICTIONS`.
+
+    Raises:
+        FamilyError: it predicts something else.
+    """
+    found = file.get("prediction_type", PREDICTION_TYPES["eps"])
+    for ours, theirs in PREDICTION_TYPES.items():
+        if found == theirs:
+            return ours
+    raise file.other("prediction_type", found, ", ".join(PREDICTION_TYPES.values()))
 
 
 def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
@@ -308,8 +324,12 @@ def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
     unet = read_unet_config(files["unet"]) if "unet" in files else SD_V1.unet
     vae = read_vae_config(files["vae"]) if "vae" in files else SD_V1.vae
     text = read_text_config(files["text"]) if "text" in files else SD_V1.text
-    schedule = read_schedule_config(files["schedule"]) if "schedule" in files else SD_V1.schedule
-    config = ModelConfig(SD_V1.name, SD_V1.image_size, unet, vae, text, schedule)
+    config = ModelConfig(SD_V1.name, SD_V1.image_size, unet, vae, text)
+    if "schedule" in files:
+        file = files["schedule"]
+        schedule, prediction = read_schedule_config(file), read_prediction(file)
+        with said_of(file.path):
+            config = dataclasses.replace(config, schedule=schedule, prediction=prediction)
     if "unet" in files and files["unet"].get("sample_size") is not None:
         with said_of(files["unet"].path):
             image_size = files["unet"].whole("sample_size", 64) * vae.factor

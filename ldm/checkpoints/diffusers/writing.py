@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.diffusers.configs import (
     CLASSES,
+    PREDICTION_TYPES,
     VAE_BLOCKS,
     ConfigFile,
     model_config,
@@ -170,10 +171,11 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "beta_start": schedule.beta_start,
             "clip_sample": False,
             "num_train_timesteps": schedule.num_train_timesteps,
-            "prediction_type": "epsilon",
+            "prediction_type": PREDICTION_TYPES.get(config.prediction, config.prediction),
+            "rescale_betas_zero_snr": schedule.zero_terminal_snr and schedule.betas is None,
             "set_alpha_to_one": False,
             "steps_offset": 1,
-            "timestep_spacing": "leading",
+            "timestep_spacing": "trailing" if schedule.ends_in_noise else "leading",
         }
         | ({} if schedule.betas is None else {"trained_betas": list(schedule.betas)}),
         "tokenizer/tokenizer_config.json": special

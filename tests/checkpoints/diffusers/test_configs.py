@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from ldm.checkpoints.diffusers.configs import ConfigFile, model_config
 from ldm.checkpoints.diffusers.names import (
@@ -17,8 +18,9 @@ from ldm.checkpoints.diffusers.names import (
 from ldm.checkpoints.diffusers.writing import config_files
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.recognise import recognise
-from ldm.config import SD_V1, ModelConfig, ScheduleConfig
+from ldm.config import PREDICTIONS, SD_V1, ModelConfig, ScheduleConfig
 from ldm.errors import ConfigError, FamilyError, UnreadableError
+from ldm.schedule import NoiseSchedule
 from tests.checkpoints.diffusers.helpers import (
     CONFIGS,
 )
@@ -211,10 +213,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vae-sides": ("vae", {"out_channels": 6}, "out_channels is 6"),
     "openclip": ("text", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'quick_gelu'"),
     "bert": ("text", {"model_type": "bert"}, "model_type is 'bert'"),
-    "v": ("schedule", {"prediction_type": "v_prediction"}, "predicts v"),
-    "sample": ("schedule", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
+    "flow": ("schedule", {"prediction_type": "flow_prediction"}, "is 'flow_prediction', not eps"),
     "linear": ("schedule", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-    "zero-snr": ("schedule", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
 }
 
 
@@ -247,6 +247,7 @@ def test_a_scheduler_that_says_nothing_has_diffusers_default_and_is_refused() ->
         ("unet", {"down_block_types": [{}]}),
         ("vae", {"latent_channels": None}),
         ("schedule", {"beta_start": "0.1"}),
+        ("schedule", {"rescale_betas_zero_snr": "yes"}),
         ("schedule", {"trained_betas": 0.1}),
     ],
     ids=str,
@@ -322,3 +323,36 @@ def test_a_folder_may_have_any_name(folder: Path, tmp_path: Path) -> None:
 def test_a_config_that_diffusers_cannot_say_is_an_error(config: ModelConfig) -> None:
     with pytest.raises(FamilyError):
         config_files(config)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_what_a_model_predicts_goes_there_and_back(prediction: str) -> None:
+    for zero_terminal_snr in (False, True):
+        schedule = ScheduleConfig(zero_terminal_snr=zero_terminal_snr)
+        if prediction == "eps" and zero_terminal_snr:
+            continue
+        config = dataclasses.replace(SD_V1, schedule=schedule, prediction=prediction, name="a")
+        if prediction == "flow":
+            with pytest.raises(FamilyError, match="prediction_type is 'flow'"):
+                config_files(config)
+            continue
+        fields = config_files(config)["scheduler/scheduler_config.json"]
+        theirs = DDIMScheduler.from_config(fields)
+        assert theirs.config.prediction_type == fields["prediction_type"]
+        alpha_bar = NoiseSchedule(schedule).alpha_bar
+        torch.testing.assert_close(theirs.alphas_cumprod, alpha_bar, rtol=0, atol=2e-6)
+        read = model_config("a", {"schedule": config_file(fields)})
+        assert (read.prediction, read.schedule) == (prediction, schedule)
+
+
+def test_a_table_that_is_to_be_rescaled_is() -> None:
+    betas = NoiseSchedule(ScheduleConfig()).betas.tolist()
+    fields = {"trained_betas": betas, "rescale_betas_zero_snr": True}
+    read = model_config(
+        "a", {"schedule": config_file(fields | {"prediction_type": "v_prediction"})}
+    )
+    theirs = DDIMScheduler.from_config({**fields, "prediction_type": "v_prediction"})
+    ours = NoiseSchedule(read.schedule).alpha_bar
+    torch.testing.assert_close(theirs.alphas_cumprod, ours, rtol=0, atol=2e-6)
+    with pytest.raises(ConfigError, match=r"config.json: ModelConfig.prediction must be v, x0 or"):
+        model_config("a", {"schedule": config_file(fields)})
