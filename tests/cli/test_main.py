@@ -23,7 +23,6 @@ from ldm.config import PREDICTIONS
 from ldm.errors import LINE
 from ldm.presets import PRESETS
 from ldm.recipe import MAX_SCALE
-from ldm.config import PREDICTIONS
 from ldm.samplers import SAMPLERS, SPACINGS
 from ldm.version import ldm_version
 from tests.places import ROOT
