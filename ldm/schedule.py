@@ -79,6 +79,27 @@ def output_from(prediction: str, x0: Tensor, eps: Tensor, alpha_bar: float | Ten
     return x0 if prediction == "x0" else eps - x0
 
 
+def as_eps_fn(
+    model: Callable[[Tensor, Tensor], Tensor], prediction: str, schedule: NoiseSchedule
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A model of any prediction as one of the noise, for whoever compares or measures it.
+
+    Samplers need the pair (x0, eps) and make it themselves: in pure noise eps says nothing of x0.
+
+    Args:
+        model: model(x, t), x (B, ...) and t (B,), real timesteps within the table.
+        prediction: what it says, one of `ldm.config.PREDICTIONS`.
+    """
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        levels = [schedule.alpha_bar_at(value) for value in t.tolist()]
+        alpha_bar = torch.tensor(levels, dtype=x.dtype, device=x.device)
+        output = model(x, t)
+        return pair_from(prediction, output, x, alpha_bar.view(-1, *[1] * (x.ndim - 1)))[1]
+
+    return eps_fn
+
+
 class NoiseLevel(NamedTuple):
     """How noisy latents are.
 

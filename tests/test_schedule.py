@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ldm.config import PREDICTIONS, ScheduleConfig
 from ldm.schedule import (
     NoiseSchedule,
+    as_eps_fn,
     eps_from_v,
     eps_from_x0,
     even_timesteps,
@@ -312,3 +313,20 @@ def test_pair_from_turns_every_target_of_training_back_into_x0_and_eps(predictio
     output = output_from(prediction, x0, eps, alpha_bar)
     pair = pair_from(prediction, output, noised(x0, eps, alpha_bar), alpha_bar)
     torch.testing.assert_close(pair, (x0, eps))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_model_of_any_prediction_is_one_of_the_noise(prediction: str) -> None:
+    zero = prediction != "eps"
+    schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=zero))
+    t = torch.tensor([0.0, 300.0, 700.5, 999.0 if zero else 998.0])
+    x0, eps = randn(4, 4, 3, 3).double(), randn(4, 4, 3, 3, seed=1).double()
+    levels = torch.tensor([schedule.alpha_bar_at(one) for one in t.tolist()]).double()
+    alpha_bar = levels.view(4, 1, 1, 1)
+
+    def model(x: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(told, t)
+        return output_from(prediction, x0, eps, alpha_bar)
+
+    found = as_eps_fn(model, prediction, schedule)(noised(x0, eps, alpha_bar), t)
+    torch.testing.assert_close(found, eps, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ loop is a generator of `Record`s, so that a notebook can watch it and stop it.
 - `data.py`: scenes of the Horizon world, drawn as they are needed.
 - `state.py`: what every loop shares, a `TrainState`, its `Optimisation` and its `Record`s.
 - `autoencoder.py`, `clip.py`, `diffusion.py`: a stage each, its settings and its loop.
+- `excess.py`: how far the UNet is above the least error that there can be, told while it learns.
 - `run.py`: a stage in a folder, with its progress bar, log and checkpoints (`ldm train`).
 
 Others take `TrainState` and `Optimisation`, `CLIPPair` and `load_pair`. How good the result is,

@@ -55,6 +55,11 @@ class DiffusionSettings:
     """How often a caption that states more than `FEW` attributes is kept; else another scene and
     caption are drawn. Most captions state five, and people write less. The choice looks at the
     caption alone, so that what there is, given a caption, is distributed as before."""
+    measure_every: int = 1000
+    """After how many steps the running mean's error is held against the least that any model could
+    have (`ldm.train.excess`)."""
+    validation: int = 192
+    """How many scenes that is measured on; they are not trained on."""
     object_weight: float = 3.0
     """How much more a latent of a house, tree, sun or moon counts where there is no noise. It fades
     with alpha_bar: a weight that depends on x0 moves the mean that the model learns, and while

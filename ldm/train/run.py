@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,6 +41,7 @@ from ldm.train.clip import (
     train_clip,
 )
 from ldm.train.diffusion import DiffusionSettings, encode_set, train_diffusion
+from ldm.train.excess import Ruler, measured
 from ldm.train.state import (
     Optimisation,
     Record,
@@ -120,7 +122,8 @@ def diffusion(
     data = encode_set(vae, settings)
     schedule = NoiseSchedule(HORIZON.schedule)
     loop = train_diffusion(state, settings, data, text, schedule, HORIZON.prediction)
-    follow(loop, state, out, "diffusion")
+    ruler = Ruler.of(vae, data, text, schedule, HORIZON.prediction, settings)
+    follow(measured(loop, state, ruler, settings), state, out, "diffusion")
 
     config = replace(HORIZON, image_size=size, vae=vae.config)
     unet = cast(UNet, state.ema)
@@ -199,7 +202,9 @@ def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> N
     with bar:
         for record in loop:
             bar.update()
-            if record.step % LOG_EVERY_STEPS == 0 or record.step == total:
+            if record.told:
+                bar.write(f"step {record.step}: {record.told}", file=sys.stderr)
+            if record.step % LOG_EVERY_STEPS == 0 or record.step == total or record.told:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
                 seconds = round(time.monotonic() - started, 1)
                 entry = {"step": record.step, "seconds": seconds, **record.figures}

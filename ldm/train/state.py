@@ -19,10 +19,12 @@ from ldm.files import written_whole
 
 @dataclass(frozen=True)
 class Record:
-    """What one training step reports: the step's number (from 1), and named figures."""
+    """What one training step reports: the step's number (from 1), named figures, and now and then
+    a line for people."""
 
     step: int
     figures: dict[str, float]
+    told: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,14 @@ from ldm.train.diffusion import (
     min_snr_weight,
     train_diffusion,
 )
+from ldm.train.excess import MEASURED_AT, Ruler, measured
 from ldm.train.state import Optimisation, Record, StageError, TrainState
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
 from ldm.worlds.batches import object_masks, pictures
 from ldm.worlds.distribution import HELD_OUT
+from ldm.worlds.floor import compare
+from ldm.worlds.posterior import FiniteSet, perfect
 from tests.disk import FULL, full_disk
 from tests.helpers import tiny_config
 from tests.places import ROOT
@@ -565,3 +568,37 @@ def test_open_captions_are_drawn_oftener_without_moving_what_they_mean() -> None
     few = sum(len(c) < 15 for c in plain) / 3000
     assert few < sum(0 < len(c) < 15 for _, c in told) / sum(c != "" for _, c in told) / 2
     assert all(draw_caption(rng, scenes, kept_all)[1] for _ in range(100))
+
+
+def test_a_run_tells_how_far_it_is_above_what_can_be_reached(
+    tokenizer: Tokenizer, vae: AutoencoderKL, data: LatentSet
+) -> None:
+    state, records = loop("diffusion", dataclasses.replace(SHORT, steps=5), tokenizer, data)
+    settings = DiffusionSettings(
+        optimisation=state.settings, image_size=SIZE, validation=12, measure_every=2
+    )
+    text = CLIPTextEncoder(TEXT, tokenizer).requires_grad_(False)
+    ruler = Ruler.of(vae, data, text, NoiseSchedule(MODEL.schedule), "eps", settings)
+    told = {r.step: r for r in measured(records, state, ruler, settings)}
+    assert [step for step, record in told.items() if record.told] == [2, 4, 5]
+    names = {f"excess at {round(999 * share)}" for share in MEASURED_AT}
+    for step in (2, 4, 5):
+        assert told[step].figures.keys() == {"loss", "mse"} | names
+        assert all(value > 0.5 for name, value in told[step].figures.items() if name in names)
+        assert "undertrained" in told[step].told and told[step].told.isprintable()
+    # A perfect model of the scenes that are known has nothing above it.
+    best = perfect(FiniteSet(torch.cat([ruler.validation, data.latents])), ruler.schedule)
+    for one in compare(best, ruler.floors, ruler.validation, ruler.schedule):
+        assert one.excess <= 1e-4
+
+
+def test_validation_scenes_are_no_scenes_of_the_training_set(
+    tokenizer: Tokenizer, vae: AutoencoderKL, data: LatentSet
+) -> None:
+    settings = DiffusionSettings(image_size=SIZE, num_scenes=64, validation=12)
+    text = CLIPTextEncoder(TEXT, tokenizer).requires_grad_(False)
+    ruler = Ruler.of(vae, data, text, NoiseSchedule(MODEL.schedule), "eps", settings)
+    distances = torch.cdist(ruler.validation.flatten(1), data.latents.flatten(1))
+    assert distances.min() > 0
+    again = Ruler.of(vae, data, text, NoiseSchedule(MODEL.schedule), "eps", settings)
+    assert torch.equal(again.validation, ruler.validation)
