@@ -12,14 +12,17 @@ from ldm.cli import options
 
 if TYPE_CHECKING:
     from ldm.evaluate.attention_tables import AttentionResults
+    from ldm.evaluate.budget import Budget
     from ldm.evaluate.distribution_tables import DistributionResults
     from ldm.evaluate.prompts import Results
 
+MEASURES = ("attention", "distribution", "budget")  # and prompts, where none of these is asked for
 DRAWING = ("steps", "sampler", "guidance_scale")
 EXAMPLES = """examples:
   ldm evaluate --per-value 20
   ldm evaluate --attention --json
   ldm evaluate --distribution --per-kind 50 --out drawn.jsonl
+  ldm evaluate --budget --guidance-scale 3
 """
 
 
@@ -59,10 +62,15 @@ def add_parser(commands: options.Commands) -> None:
         help="many pictures of each of a few prompts: two trees? each sky as often as it should?",
     )
     p.add_argument(
+        "--budget",
+        action="store_true",
+        help="where what is wrong comes from: autoencoder, steps, UNet or guidance",
+    )
+    p.add_argument(
         "--per-kind",
         type=int,
         metavar="N",
-        help="pictures of each prompt, for --distribution (200)",
+        help="pictures of each prompt, for --distribution (200) and --budget (96 at each link)",
     )
     p.add_argument(
         "--out",
@@ -76,11 +84,12 @@ def add_parser(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table, or JSON."""
-    if args.attention and args.distribution:
-        raise ValueError("--attention and --distribution are two measurements: ask for one")
+    asked = [f"--{name}" for name in MEASURES if getattr(args, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} are two measurements: ask for one")
     for name, wanted in (
-        ("per_value", not args.distribution),
-        ("per_kind", args.distribution),
+        ("per_value", not (args.distribution or args.budget)),
+        ("per_kind", args.distribution or args.budget),
         ("out", args.distribution),
     ):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
@@ -96,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> Results | AttentionResults | DistributionResults:
+def measure(args: argparse.Namespace) -> Results | AttentionResults | DistributionResults | Budget:
     """What the arguments ask for, in full precision."""
     import torch
 
@@ -104,6 +113,7 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults | Distributi
     from ldm.checkpoints.loading import joint_config, open_model
     from ldm.checkpoints.shipped import shipped_weights
     from ldm.evaluate.attention import evaluate_attention
+    from ldm.evaluate.budget import evaluate_budget
     from ldm.evaluate.distribution import evaluate_distribution
     from ldm.evaluate.prompts import evaluate
     from ldm.files import check_writable, file_sha256
@@ -127,6 +137,8 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults | Distributi
     if args.attention:
         return evaluate_attention(pipe, per_value=per_value, seed=args.seed)
     drawing = {name: getattr(settings, name) for name in DRAWING}
+    if args.budget:
+        return evaluate_budget(pipe, per_kind=args.per_kind or 96, seed=args.seed, **drawing)
     if args.distribution:
         return evaluate_distribution(
             pipe,

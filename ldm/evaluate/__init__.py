@@ -5,9 +5,11 @@
   `evaluate_distribution` holds many pictures of a few prompts against the law that each asks for.
 - `distribution_tables.py`: that one's results. `statistics.py`: how far counts and numbers are from
   a law, and how far luck alone would have brought them.
+- `budget.py`: where does what is wrong come from? `evaluate_budget` goes from the world to the
+  model, link by link.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
 
-Others take `evaluate`, `evaluate_distribution` and `evaluate_attention`; each returns results with
-`as_dict` and `as_markdown`.
+Others take `evaluate`, `evaluate_distribution`, `evaluate_budget` and `evaluate_attention`; each
+returns results with `as_dict` and `as_markdown`.
 """
