@@ -6,17 +6,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ldm.cli import options
 
-if TYPE_CHECKING:
-    from ldm.evaluate.attention_tables import AttentionResults
-    from ldm.evaluate.budget import Budget
-    from ldm.evaluate.distribution_tables import DistributionResults
-    from ldm.evaluate.prompts import Results
-
-MEASURES = ("attention", "distribution", "budget")  # and prompts, where none of these is asked for
+MEASURES = ("attention", "distribution", "budget", "samplers")  # without one of these: prompts
 DRAWING = ("steps", "sampler", "guidance_scale")
 EXAMPLES = """examples:
   ldm evaluate --per-value 20
@@ -24,6 +18,14 @@ EXAMPLES = """examples:
   ldm evaluate --distribution --per-kind 50 --out drawn.jsonl
   ldm evaluate --budget --guidance-scale 3
 """
+
+
+class Measured(Protocol):
+    """Results, for programs and for people."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def as_markdown(self) -> str: ...
 
 
 def add_parser(commands: options.Commands) -> None:
@@ -67,6 +69,11 @@ def add_parser(commands: options.Commands) -> None:
         help="where what is wrong comes from: autoencoder, steps, UNet or guidance",
     )
     p.add_argument(
+        "--samplers",
+        action="store_true",
+        help="how good every sampler's pictures are, by the number of calls of the UNet",
+    )
+    p.add_argument(
         "--per-kind",
         type=int,
         metavar="N",
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} are two measurements: ask for one")
     for name, wanted in (
-        ("per_value", not (args.distribution or args.budget)),
+        ("per_value", not (args.distribution or args.budget or args.samplers)),
         ("per_kind", args.distribution or args.budget),
         ("out", args.distribution),
     ):
@@ -97,15 +104,19 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} does not go with what is measured: leave it out")
         if name != "out" and value is not None and value < 1:
             raise ValueError(f"{option} must be 1 or more, not {value}")
-    for name in DRAWING if args.attention else ():
+    fixed = {"--attention": DRAWING, "--samplers": ("steps", "sampler")}
+    for name in fixed.get(asked[0], ()) if asked else ():
         if getattr(args, name) is not None:
-            raise ValueError(f"--attention draws nothing: leave out --{name.replace('_', '-')}")
+            option = name.replace("_", "-")
+            raise ValueError(f"{asked[0]} has its own --{option}, or none: leave that out")
     results = measure(args)
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
     return 0
 
 
-def measure(args: argparse.Namespace) -> Results | AttentionResults | DistributionResults | Budget:
+def measure(
+    args: argparse.Namespace,
+) -> Results | AttentionResults | DistributionResults | Budget | SamplerResults:
     """What the arguments ask for, in full precision."""
     import torch
 
@@ -116,6 +127,7 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults | Distributi
     from ldm.evaluate.budget import evaluate_budget
     from ldm.evaluate.distribution import evaluate_distribution
     from ldm.evaluate.prompts import evaluate
+    from ldm.evaluate.samplers import evaluate_samplers
     from ldm.files import check_writable, file_sha256
     from ldm.pipeline import load
     from ldm.settings import Settings
@@ -136,6 +148,9 @@ def measure(args: argparse.Namespace) -> Results | AttentionResults | Distributi
     per_value = args.per_value or 100
     if args.attention:
         return evaluate_attention(pipe, per_value=per_value, seed=args.seed)
+    if args.samplers:
+        scale = settings.guidance_scale
+        return evaluate_samplers(pipe, guidance_scale=scale, seed=args.seed)
     drawing = {name: getattr(settings, name) for name in DRAWING}
     if args.budget:
         return evaluate_budget(pipe, per_kind=args.per_kind or 96, seed=args.seed, **drawing)

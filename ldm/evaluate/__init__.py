@@ -7,9 +7,10 @@
   a law, and how far luck alone would have brought them.
 - `budget.py`: where does what is wrong come from? `evaluate_budget` goes from the world to the
   model, link by link.
+- `samplers.py`: how few calls of the UNet make a good picture? `evaluate_samplers` asks every one.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
 
-Others take `evaluate`, `evaluate_distribution`, `evaluate_budget` and `evaluate_attention`; each
-returns results with `as_dict` and `as_markdown`.
+Others take `evaluate`, `evaluate_distribution`, `evaluate_budget`, `evaluate_samplers` and
+`evaluate_attention`; each returns results with `as_dict` and `as_markdown`.
 """
