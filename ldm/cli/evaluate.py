@@ -114,9 +114,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(
-    args: argparse.Namespace,
-) -> Results | AttentionResults | DistributionResults | Budget | SamplerResults:
+def measure(args: argparse.Namespace) -> Measured:
     """What the arguments ask for, in full precision."""
     import torch
 

@@ -383,4 +383,7 @@ def test_settings_of_drawing_are_refused(
     option: list[str], weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["evaluate", "--attention", "--weights", str(weights), *option]) == 2
-    assert capsys.readouterr().err == f"ldm: --attention draws nothing: leave out {option[0]}\n"
+    assert (
+        capsys.readouterr().err
+        == f"ldm: --attention has its own {option[0]}, or none: leave that out\n"
+    )

@@ -41,10 +41,8 @@ def test_more_calls_come_nearer_to_the_end_of_the_path(found: SamplerResults) ->
 
 
 def test_results_are_told_to_programs_and_to_people() -> None:
-    rows = [
-        Measured("ddim", 5, 10.0, 9, 10, 1, 4, 0.25),
-        Measured("ddpm", 5, 9.0, 5, 10, 0, 4, math.nan),
-    ]
+    ddim = Measured("ddim", 5, 10.0, 9, 10, 1, 4, 0.25)
+    rows = [ddim, Measured("ddpm", 5, 9.0, 5, 10, 0, 4, math.nan)]
     results = SamplerResults(rows, {"guidance_scale": 3.0})
     assert json.loads(json.dumps(results.as_dict()))["measured"][1]["distance"] is None
     table = results.as_markdown().splitlines()
