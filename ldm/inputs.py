@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict
 
@@ -60,7 +61,7 @@ class Keywords(TypedDict, total=False):
     spacing: str | None
     strength: float | None
     fit: str | None
-    paste: bool
+    paste_back: bool
     variation_seed: int | None
     variation_strength: float
     image: Pictures | None
@@ -164,8 +165,8 @@ class Inputs:
         for name in ("strength", "fit"):
             if getattr(settings, name) is not None and not self.image:
                 raise ValueError(f"{name} is of a picture to start from: pass image too")
-        if settings.paste and not self.mask:
-            raise ValueError("paste is of what a mask keeps: pass mask too")
+        if settings.paste_back and not self.mask:
+            raise ValueError("paste_back is of what a mask keeps: pass mask too")
         for name in ("latents", "noise"):
             if getattr(self, name) is not None and settings.variation_seed is not None:
                 raise ValueError(f"a variation is of the seeds' own starting noise, not of {name}")
@@ -263,9 +264,9 @@ class Inputs:
 
 
 def asked(
-    config: ModelConfig, prompt: str | Sequence[str], keywords: Keywords
+    config: ModelConfig, prompt: str | Sequence[str], keywords: Mapping[str, Any]
 ) -> tuple[Settings, Inputs]:
-    """The two values that the keywords of `pipe(prompt, ...)` make, checked.
+    """The two values that the keywords of `pipe(prompt, ...)`, which are `Keywords`, make, checked.
 
     Raises:
         FileNotFoundError: a picture is not there.
@@ -273,9 +274,9 @@ def asked(
         TypeError: there is no such keyword.
     """
     names = {field.name for field in dataclasses.fields(Inputs)}
-    given: dict[str, Any] = {k: value for k, value in keywords.items() if k in names}
+    given = {k: value for k, value in keywords.items() if k in names}
     inputs = Inputs.of(**given)
-    numbers: dict[str, Any] = {k: value for k, value in keywords.items() if k not in names}
+    numbers = {k: value for k, value in keywords.items() if k not in names}
     if inputs.image and numbers.get("strength") is None:
         numbers["strength"] = 1.0 if inputs.mask else STRENGTH
     if inputs.timesteps is not None:
@@ -302,6 +303,42 @@ def told(steps: Steps, callback: Callback, count: int) -> Steps:
             sent = yield step
             if not go_on:
                 return
+
+
+# --- The record --------------------------------------------------------------------------------
+
+MOST_DIMENSIONS = 8
+
+
+def held_as_dict(inputs: Mapping[str, Held | None]) -> dict[str, Any]:
+    """`Inputs.held` as JSON has it; `held_from_dict` turns it back."""
+    return {name: None if one is None else dataclasses.asdict(one) for name, one in inputs.items()}
+
+
+def held_from_dict(fields: object) -> dict[str, Held | None]:
+    """What `held_as_dict` gave, from a file of anybody's.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    names = [field.name for field in dataclasses.fields(Inputs)]
+    if not isinstance(fields, Mapping) or not fields.keys() <= set(names):
+        raise ValueError(f"inputs are of {', '.join(names)}")
+    found: dict[str, Held | None] = {}
+    for name, one in fields.items():
+        found[name] = None
+        if one is None:
+            continue
+        if not isinstance(one, dict) or one.keys() != {"shape", "sha256"}:
+            raise ValueError(f"{name} has a shape and a sha256, not {one!r:.80}")
+        shape, sha256 = one["shape"], one["sha256"]
+        is_shape = isinstance(shape, list) and 1 <= len(shape) <= MOST_DIMENSIONS
+        if not is_shape or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+            raise ValueError(f"the shape of {name} is {shape!r:.80}")
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError(f"the sha256 of {name} is {sha256!r:.80}")
+        found[name] = Held(tuple(shape), sha256)
+    return found
 
 
 # --- Pictures ----------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class TextToImage:
                 if any of its pixels is white.
             fit: "crop" takes the middle of an image or mask of another size, and resizes it; None
                 refuses it.
-            paste: take the pixels that the mask keeps from the image, and not from the decoder.
+            paste_back: take the pixels that the mask keeps from the image, and not from the decoder.
             latents: x at the first timestep, as noisy as that is, (B, C, h, w): no noise is drawn
                 for it. What `invert` ended in, say.
             noise: instead of the seeds': a list of tensors (B, C, h, w), the starting noise first,
@@ -222,7 +222,7 @@ class TextToImage:
     def pictures(self, latents: Tensor, settings: Settings, inputs: Inputs) -> list[Image]:
         """What a run ended in, decoded, and what its mask keeps pasted back if it is to be."""
         images = self.decode(latents)
-        return inputs.pasted(images, settings) if settings.paste else images
+        return inputs.pasted(images, settings) if settings.paste_back else images
 
     def run(self, settings: Settings, inputs: Inputs = Inputs()) -> Steps:
         """A run, one `Step` at a time: noise from the seeds, context from the prompts, and the

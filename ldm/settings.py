@@ -55,7 +55,7 @@ class Settings:
             the picture stays as it is, to 1, where it is redrawn. None starts from noise alone.
         fit: what becomes of such a picture of another size: None, it is refused; "crop", its middle
             is taken, and resized.
-        paste: whether the pixels that a mask keeps are those of the picture, and not the decoder's.
+        paste_back: whether the pixels that a mask keeps are those of the picture, and not the decoder's.
         variation_seed, variation_strength: a second seed, and how far the starting noise goes
             towards its own, from 0 to 1 (`ldm.samplers.slerp`).
     """
@@ -73,7 +73,7 @@ class Settings:
     spacing: str | None = None
     strength: float | None = None
     fit: str | None = None
-    paste: bool = False
+    paste_back: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0
 
@@ -96,7 +96,7 @@ class Settings:
         spacing: str | None = None,
         strength: float | None = None,
         fit: str | None = None,
-        paste: bool = False,
+        paste_back: bool = False,
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
     ) -> Self:
@@ -127,7 +127,7 @@ class Settings:
             spacing=spacing,
             strength=None if strength is None else number("strength", strength),
             fit=fit,
-            paste=paste,
+            paste_back=paste_back,
             variation_seed=None
             if variation_seed is None
             else whole("variation_seed", variation_seed),
@@ -172,8 +172,8 @@ class Settings:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
         if self.fit not in [None, *FITS]:
             raise ValueError(f"unknown fit {self.fit!r:.80}: there is {', '.join(FITS)}")
-        if not isinstance(self.paste, bool):
-            raise ValueError(f"paste must be True or False, not {self.paste!r:.80}")
+        if not isinstance(self.paste_back, bool):
+            raise ValueError(f"paste_back must be True or False, not {self.paste_back!r:.80}")
         check_bytes(
             f"num_images={self.num_images}, height={self.height} and width={self.width}",
             bytes_held(config, self.num_images, self.height, self.width),
@@ -230,13 +230,12 @@ class Settings:
     def alone(self, index: int) -> Self:
         """The run that draws picture `index` of this one by itself: the same picture, since its
         noise comes from its own seed (but with a `like` whose noise depends on the whole batch)."""
-        second = self.variation_seed
-        return dataclasses.replace(
-            self,
-            prompts=(self.prompts[index],),
-            seed=self.seed + index,
-            variation_seed=None if second is None else second + index,
-        )
+        return dataclasses.replace(self.later(index), prompts=(self.prompts[index],))
+
+    def later(self, count: int) -> Self:
+        """The same run, of seeds that are so many later."""
+        second = None if self.variation_seed is None else self.variation_seed + count
+        return dataclasses.replace(self, seed=self.seed + count, variation_seed=second)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them; `Settings.from_dict` turns them back."""

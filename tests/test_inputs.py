@@ -194,7 +194,7 @@ def test_a_latent_is_redrawn_if_any_of_its_pixels_is() -> None:
 
 def test_pasted_pixels_are_the_originals(pipe: TextToImage) -> None:
     run = {"image": picture(), "mask": half_white(), "steps": 2}
-    (decoded,), (pasted,) = pipe("red", **run), pipe("red", paste=True, **run)
+    (decoded,), (pasted,) = pipe("red", **run), pipe("red", paste_back=True, **run)
     levels, original = np.asarray(pasted), np.asarray(picture())
     assert (levels[:, :8] == original[:, :8]).all()
     assert (levels[:, 8:] == np.asarray(decoded)[:, 8:]).all()
@@ -323,7 +323,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mask alone": ({"mask": MASK}, "pass image too"),
     "strength alone": ({"strength": 0.5}, "strength is of a picture"),
     "fit alone": ({"fit": "crop"}, "fit is of a picture"),
-    "paste alone": ({"paste": True, "image": IMAGE}, "paste is of what a mask keeps"),
+    "paste_back alone": (
+        {"paste_back": True, "image": IMAGE},
+        "paste_back is of what a mask keeps",
+    ),
     "no step": ({"image": IMAGE, "strength": 0.05, "steps": 10}, "leaves none: 0.1 is one"),
     "no strength": ({"image": IMAGE, "strength": 0.0}, "strength must be above 0"),
     "too strong": ({"image": IMAGE, "strength": 1.5}, "strength must be above 0 and at most 1"),
