@@ -191,11 +191,12 @@ class TextToImage:
                 if any of its pixels is white.
             fit: "crop" takes the middle of an image or mask of another size, and resizes it; None
                 refuses it.
-            paste_back: take the pixels that the mask keeps from the image, and not from the decoder.
-            latents: x at the first timestep, as noisy as that is, (B, C, h, w): no noise is drawn
-                for it. What `invert` ended in, say.
+            paste_back: take the pixels that the mask keeps from the image, not from the decoder.
+            latents: x at the first timestep, as noisy as that is, (B, C, h, w), instead of the
+                starting noise: what `invert` ended in, say.
             noise: instead of the seeds': a list of tensors (B, C, h, w), the starting noise first,
-                then each step's; or a function noise(k, shape) that gives the k-th of them.
+                unless there are latents, then each step's; or a function noise(k, shape) that
+                gives the k-th of them.
             timesteps: the pairs (t, t_prev) to walk, as `schedule.ddim_timesteps(50)` gives them,
                 instead of `steps` and `spacing`.
             context, uncond_context: text states (B, M, D), or (1, M, D) for all pictures, instead

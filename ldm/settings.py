@@ -55,7 +55,8 @@ class Settings:
             the picture stays as it is, to 1, where it is redrawn. None starts from noise alone.
         fit: what becomes of such a picture of another size: None, it is refused; "crop", its middle
             is taken, and resized.
-        paste_back: whether the pixels that a mask keeps are those of the picture, and not the decoder's.
+        paste_back: whether the pixels that a mask keeps are those of the picture, and not the
+            decoder's.
         variation_seed, variation_strength: a second seed, and how far the starting noise goes
             towards its own, from 0 to 1 (`ldm.samplers.slerp`).
     """

@@ -41,6 +41,8 @@ def begin(
     options = {name: getattr(settings, name) for name in sampler.options}
     rule: Rule = functools.partial(sampler.rule, **options)
     if inputs.latents is not None:
+        if settings.like is None and inputs.noise is None:
+            draw_noise(source, like)  # set aside: each step's noise is then the seed's own
         return inputs.latents.to(like), rule
     if not inputs.image:
         return starting_noise(settings, source, like), rule

@@ -204,10 +204,12 @@ def test_pasted_pixels_are_the_originals(pipe: TextToImage) -> None:
 # --- Latents, noise, timesteps, contexts -------------------------------------------------------
 
 
-def test_the_seeds_noise_as_latents_is_the_seeds_run(pipe: TextToImage) -> None:
-    latents = seeds_noise(5, 6)
-    given = final(pipe.denoise("red", latents=latents, num_images=2, steps=4))
-    assert torch.equal(given, final(pipe.denoise("red", seed=5, num_images=2, steps=4)))
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_seeds_noise_as_latents_is_the_seeds_run(pipe: TextToImage, sampler: str) -> None:
+    """Each step's noise too: it is never that of the start once more."""
+    latents, run = seeds_noise(5, 6), {"seed": 5, "num_images": 2, "steps": 4, "sampler": sampler}
+    given = final(pipe.denoise("red", latents=latents, **run))
+    assert torch.equal(given, final(pipe.denoise("red", **run)))
     assert torch.equal(latents, seeds_noise(5, 6))
 
 
