@@ -59,8 +59,18 @@ HOME = {
 }
 # What stands on the top shelf, and the rooms: `ldm.samplers.ddim`, after `import ldm` alone.
 SHELF = (
-    *("attention", "config", "layers", "pipeline", "presets", "recipe", "samplers", "schedule"),
-    *("settings", "text", "tokenizer", "unet", "vae"),
+    *(
+        "attention",
+        "config",
+        "inputs",
+        "layers",
+        "pipeline",
+        "presets",
+        "recipe",
+        "samplers",
+        "schedule",
+    ),
+    *("settings", "starting", "text", "tokenizer", "unet", "vae"),
     *("device", "errors", "files", "pictures", "version"),
     *("checkpoints", "evaluate", "observe", "speed", "train", "viz", "worlds"),
 )

@@ -72,6 +72,13 @@ def stack(pictures: Sequence[Picture]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
+def cropped(image: Image, width: int, height: int) -> Image:
+    """The middle of an image, as much of it as has this shape, resized to this size."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
 def to_rgb(picture: Picture) -> Image:
     """What a person sees of a picture, in red, green and blue.
 

@@ -4,7 +4,8 @@
     noise ─────────────────── unet, once per step of the sampler ── latents ── vae ── picture
 
 `pipe(prompt)` runs `pipe.denoise(prompt)` to its end and decodes what comes out. Both make their
-arguments one value, `Settings`, of which `pipe.run` makes the steps. `load` makes the pipeline.
+arguments two values, `Settings`, of numbers and names, and `Inputs`, of pictures and tensors, of
+which `pipe.run` makes the steps. `load` makes the pipeline.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -25,18 +26,20 @@ from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.inputs import Inputs, Keywords, Pictures, asked, told
 from ldm.observe.nonfinite import decoded, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
-from ldm.samplers import SAMPLERS, Steps, draw_noise, guide, sample
+from ldm.samplers import EpsFn, Generators, Steps, draw_noise, guide, invert, rising, sample
 from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
 from ldm.speed.cpu import optimize, rest
 from ldm.speed.waiting import told_when_slow
+from ldm.starting import begin
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
+from ldm.vae import AutoencoderKL, Posterior
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,60 +152,16 @@ class TextToImage:
         """
         save_model(path, unet=self.unet, vae=self.vae, text=self.text, config=self.config)
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str = "",
-        sampler: str | None = None,
-        eta: float = 0.0,
-        seed: int = 0,
-        num_images: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        like: str | None = None,
-        spacing: str | None = None,
-    ) -> list[Image]:
-        """Draw pictures of a prompt, or `num_images` of each of several. See `denoise`.
+    def __call__(self, prompt: str | Sequence[str], **keywords: Unpack[Keywords]) -> list[Image]:
+        """Draw pictures of a prompt, or `num_images` of each of several. The keywords are those of
+        `denoise`.
 
         Returns:
             PIL images, those of the first prompt first.
         """
-        settings = Settings.of(
-            self.config,
-            prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            sampler=sampler,
-            eta=eta,
-            seed=seed,
-            num_images=num_images,
-            height=height,
-            width=width,
-            like=like,
-            spacing=spacing,
-        )
-        return self.draw(settings)
+        return self.draw(*asked(self.config, prompt, keywords))
 
-    def denoise(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str = "",
-        sampler: str | None = None,
-        eta: float = 0.0,
-        seed: int = 0,
-        num_images: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        like: str | None = None,
-        spacing: str | None = None,
-    ) -> Steps:
+    def denoise(self, prompt: str | Sequence[str], **keywords: Unpack[Keywords]) -> Steps:
         """The same run as `pipe(...)`, one `Step` at a time: `pipe.decode(step.x0)` shows it.
 
         Args:
@@ -224,70 +183,161 @@ class TextToImage:
                 `ldm.presets`).
             spacing: which noise levels the steps visit: "leading", "linspace", "trailing" or
                 "karras" (see `ldm.samplers.grids`); None is the sampler's own way.
+            image: a picture to start from, or one for each that is drawn: it is encoded, noised,
+                and denoised from there. Of the run's size; see `fit`.
+            strength: how much of the grid is walked from it, above 0, where the picture stays as it
+                is, to 1, where it is drawn anew; 0.75, with a mask 1, if it is not given.
+            mask: what of the image is redrawn, white, and what is kept, black. A latent is redrawn
+                if any of its pixels is white.
+            fit: "crop" takes the middle of an image or mask of another size, and resizes it; None
+                refuses it.
+            paste_back: take the pixels that the mask keeps from the image, not from the decoder.
+            latents: x at the first timestep, as noisy as that is, (B, C, h, w), instead of the
+                starting noise: what `invert` ended in, say.
+            noise: instead of the seeds': a list of tensors (B, C, h, w), the starting noise first,
+                unless there are latents, then each step's; or a function noise(k, shape) that
+                gives the k-th of them.
+            timesteps: the pairs (t, t_prev) to walk, as `schedule.ddim_timesteps(50)` gives them,
+                instead of `steps` and `spacing`.
+            context, uncond_context: text states (B, M, D), or (1, M, D) for all pictures, instead
+                of the prompt's and the negative prompt's; the prompt is then but a name.
+            variation_seed, variation_strength: go from the seed's starting noise some of the way, 0
+                to 1, towards another's: image i towards that of `variation_seed + i`.
+            callback: callback(step, count) is told of every step, of so many; if it returns False
+                the run ends there, and `pipe(...)` draws the clean estimate of that step.
 
         Raises:
-            ValueError: at the call, before any work, for any argument out of its range.
+            FileNotFoundError: a picture is not at its path.
+            ValueError: at the call, before any work, for any argument out of its range, or that
+                does not go with the others.
         """
-        settings = Settings.of(
-            self.config,
-            prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            sampler=sampler,
-            eta=eta,
-            seed=seed,
-            num_images=num_images,
-            height=height,
-            width=width,
-            like=like,
-            spacing=spacing,
-        )
-        return self.run(settings)
+        return self.run(*asked(self.config, prompt, keywords))
 
-    def draw(self, settings: Settings) -> list[Image]:
+    def draw(self, settings: Settings, inputs: Inputs = Inputs()) -> list[Image]:
         """The pictures of a run, in the order of its prompts."""
-        for step in self.run(settings):
-            latents = step.x_prev
-        return self.decode(latents)
+        for step in self.run(settings, inputs):
+            last = step
+        stopped = last.index + 1 < len(inputs.walk(settings, self.schedule).grid)
+        return self.pictures(last.x0 if stopped else last.x_prev, settings, inputs)
 
-    def run(self, settings: Settings) -> Steps:
+    def pictures(self, latents: Tensor, settings: Settings, inputs: Inputs) -> list[Image]:
+        """What a run ended in, decoded, and what its mask keeps pasted back if it is to be."""
+        images = self.decode(latents)
+        return inputs.pasted(images, settings) if settings.paste_back else images
+
+    def run(self, settings: Settings, inputs: Inputs = Inputs()) -> Steps:
         """A run, one `Step` at a time: noise from the seeds, context from the prompts, and the
         sampler, which asks the guided UNet at every step of its grid.
 
         Raises:
-            ValueError: at the call, for settings that this model cannot follow.
+            ValueError: at the call, for settings that this model cannot follow, or inputs that do
+                not go with them.
             DivergedError: NaN, infinity or absurdly large numbers came up; one line says at which
                 step, and in which part of the model they begin (see `ldm.samplers.loop.sample`).
         """
         settings.check(self.config)
-        preset, sampler = PRESETS[settings.like], SAMPLERS[settings.sampler]
-        count, dtype = settings.num_images, self.dtype if preset.half_latents else torch.float32
-        generators = preset.generators(settings.seed, count)
+        inputs.check(settings, self.config)
+        preset, walk = PRESETS[settings.like], inputs.walk(settings, self.schedule)
+        source = inputs.source(settings)
         shape = latent_shape(self.config, settings.height, settings.width)
-        latents = torch.empty(count, *shape, device=self.device, dtype=dtype)  # (B, C, h, w)
-        x = draw_noise(generators, like=latents)
-        context = self.context(settings.prompts)  # (B, L, D)
-        uncond_context = self.context([settings.negative_prompt]).expand_as(context)
+        dtype = self.dtype if preset.half_latents else torch.float32
+        like = torch.empty(settings.num_images, *shape, device=self.device, dtype=dtype)
+        # Where noise is handed in, all of it is for the latents.
+        drawn_from = source if preset.samples_latents and inputs.noise is None else None
+        encode = functools.partial(self.clean, settings, inputs, drawn_from)
+        x, rule = begin(settings, inputs, walk, source, like, encode)
+        eps_fn = self.eps_fn(settings, inputs)
+        prediction = self.config.prediction
+        steps = sample(
+            rule, eps_fn, x, walk.grid, self.schedule, generators=source, prediction=prediction
+        )
+        steps = self.watched(steps, eps_fn, settings)
+        return steps if inputs.callback is None else told(steps, inputs.callback, len(walk.grid))
+
+    def invert(
+        self,
+        image: Pictures,
+        prompt: str | Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance_scale: float = 1.0,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        fit: str | None = None,
+        spacing: str | None = None,
+    ) -> Steps:
+        """From a picture back to the noise that DDIM would make it of, one `Step` at a time (see
+        `ldm.samplers.inversion`). `pipe(prompt, latents=step.x_prev, sampler="ddim", ...)` with the
+        last of them, the same steps and guidance leads about there again.
+
+        Args:
+            image: the picture, or one for each of several prompts.
+            prompt: what is on it.
+            guidance_scale: 1 is without guidance, and closest.
+            steps, negative_prompt, height, width, fit, spacing: as in `denoise`.
+
+        Raises:
+            FileNotFoundError, ValueError, DivergedError: as for a run from a picture.
+        """
+        settings, inputs = asked(
+            self.config,
+            prompt,
+            Keywords(
+                image=image,
+                strength=1.0,
+                sampler="ddim",
+                steps=steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                height=height,
+                width=width,
+                fit=fit,
+                spacing=spacing,
+            ),
+        )
+        x = self.clean(settings, inputs).float().expand(settings.num_images, -1, -1, -1)
+        eps_fn, grid = self.eps_fn(settings, inputs), rising(settings.grid(self.schedule))
+        prediction = self.config.prediction
+        backwards = invert(eps_fn, x, grid, self.schedule, prediction=prediction)
+        return self.watched(backwards, eps_fn, settings)
+
+    # --- The parts of a run ------------------------------------------------------------------
+
+    def clean(
+        self, settings: Settings, inputs: Inputs, drawn_from: Generators | None = None
+    ) -> Tensor:
+        """The scaled latents of the pictures that a run starts from, (1 or B, C, h, w): the
+        posterior's mode, or where there are generators a sample of it."""
+        posterior = self.posterior(inputs.levels(settings))
+        if drawn_from is None:
+            return posterior.mode() * self.config.vae.scaling_factor
+        z = posterior.drawn(draw_noise(drawn_from, posterior.mean))
+        return z * self.config.vae.scaling_factor
+
+    def eps_fn(self, settings: Settings, inputs: Inputs = Inputs()) -> EpsFn:
+        """The UNet as a run asks it: with the contexts of its prompts, or those that are given, and
+        guided."""
+        count = settings.num_images
+        context, uncond_context = inputs.context, inputs.uncond_context
+        if context is None:
+            context = self.context(settings.prompts)  # (B, L, D)
+        if uncond_context is None:
+            uncond_context = self.context([settings.negative_prompt])  # (1, L, D)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
         # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
-        eps_fn = guide(
+        guided = guide(
             self.unet,
-            context,
-            uncond_context,
+            context.to(self.device, self.dtype).expand(count, -1, -1),
+            uncond_context.to(self.device, self.dtype).expand(count, -1, -1),
             settings.guidance_scale,
             images_per_call=images_per_call,
         )
-        if self.device.type == "cpu":
-            eps_fn = told_when_slow(eps_fn)
-        options = {name: getattr(settings, name) for name in sampler.options}
-        rule = functools.partial(sampler.rule, **options)
-        grid = settings.grid(self.schedule)
-        prediction = self.config.prediction
-        steps = sample(
-            rule, eps_fn, x, grid, self.schedule, generators=generators, prediction=prediction
-        )
+        return told_when_slow(guided) if self.device.type == "cpu" else guided
+
+    def watched(self, steps: Steps, eps_fn: EpsFn, settings: Settings) -> Steps:
+        """The steps of a run; where they diverge, the error says in which part of the model."""
         return explained(
             steps,
             text=self.text,
@@ -296,6 +346,8 @@ class TextToImage:
             eps_fn=eps_fn,
             guidance_scale=settings.guidance_scale,
         )
+
+    # --- Words and pictures ------------------------------------------------------------------
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
@@ -346,8 +398,21 @@ class TextToImage:
             picture = [picture]
         levels = stack(picture)  # (B, H, W, 3)
         latent_shape(self.config, levels.shape[1], levels.shape[2])
-        x = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
-        return self.vae.encode(x).mode() * self.vae.config.scaling_factor
+        return self.posterior(levels).mode() * self.config.vae.scaling_factor
+
+    @torch.no_grad()
+    def posterior(self, levels: Tensor) -> Posterior:
+        """The Gaussian over the latents of pictures, unscaled. Each is encoded alone, so that it
+        does not depend on its neighbours in the batch.
+
+        Args:
+            levels: grey levels 0 to 255, (B, H, W, 3), sides multiples of the VAE's factor.
+        """
+        pixels = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
+        each = [self.vae.encode(x) for x in pixels.split(1)]
+        if self.low_memory:
+            rest(self.vae)
+        return Posterior(torch.cat([p.mean for p in each]), torch.cat([p.logvar for p in each]))
 
 
 def load(

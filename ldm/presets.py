@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,19 @@ from ldm.schedule import NoiseLevel, NoiseSchedule, even_timesteps, sigma_of
 MAX_SEED = 2**63 - 1
 
 
+class Walk(NamedTuple):
+    """The noise levels of a run.
+
+    Attributes:
+        start: to where a picture that the run starts from is noised. As a rule that is where the
+            first step begins.
+        grid: its steps.
+    """
+
+    start: NoiseLevel
+    grid: Levels
+
+
 @dataclass(frozen=True)
 class Preset:
     """What decides a picture besides weights, prompts and settings.
@@ -28,9 +42,13 @@ class Preset:
     Attributes:
         grid: grid(sampler, steps, schedule, spacing), the noise levels that a run walks: when the
             UNet is asked. A ValueError in one line where that code base fails.
+        begun: begun(sampler, grid, steps, strength), the part of a grid that is walked from a
+            picture on. A ValueError in one line where no step is left, or that code base fails.
         noise_device: where noise is drawn; other devices draw other numbers from the same seed.
         one_generator: whether one generator draws the noise of a whole batch, so that an image
             depends on the size of its batch, or each image has its own, seeded `seed + i`.
+        samples_latents: whether a picture to start from is encoded as a sample of the VAE's
+            posterior, which the generator draws first; else it is the posterior's mode.
         half_latents: whether latents and their noise have the model's dtype, half precision
             included, or are always float32.
         samplers: which of ours the code base has too, exactly.
@@ -39,8 +57,10 @@ class Preset:
     """
 
     grid: Callable[[str, int, NoiseSchedule, str | None], Levels]
+    begun: Callable[[str, Levels, int, float], Walk]
     noise_device: str
     one_generator: bool
+    samples_latents: bool = False
     half_latents: bool = False
     samplers: tuple[str, ...] = tuple(SAMPLERS)
     max_seed: int = MAX_SEED
@@ -61,6 +81,21 @@ class Preset:
 def our_grid(sampler: str, steps: int, schedule: NoiseSchedule, spacing: str | None) -> Levels:
     """`Sampler.grid`."""
     return SAMPLERS[sampler].grid(steps, schedule, spacing)
+
+
+def our_begun(sampler: str, grid: Levels, steps: int, strength: float) -> Walk:
+    """The last steps of a grid, a share of them; the first of these begins at the noised picture
+    (diffusers' `StableDiffusionImg2ImgPipeline.get_timesteps`).
+
+    Raises:
+        ValueError: there is not one.
+    """
+    left = min(int(steps * strength), len(grid))
+    if left < 1:
+        raise ValueError(
+            f"strength={strength} of {steps} steps leaves none: {1 / steps:.3g} is one"
+        )
+    return Walk(grid[-left][0], grid[-left:])
 
 
 # --- diffusers -------------------------------------------------------------------------------
@@ -130,6 +165,20 @@ def diffusers_timesteps(steps: int, total: int, *, multistep: bool = False) -> l
     return even_timesteps(steps + 1, total)[:-1] if multistep else even_timesteps(steps, total)
 
 
+def diffusers_begun(sampler: str, grid: Levels, steps: int, strength: float) -> Walk:
+    """The same, but for a scheduler that counts one of its timesteps twice.
+
+    Raises:
+        ValueError: there is no step, or it is that scheduler.
+    """
+    if sampler == "plms":
+        raise ValueError(
+            "like='diffusers' has no plms from a picture: its PNDMScheduler asks twice at the "
+            "first of all timesteps, and loses count where that is left out"
+        )
+    return our_begun(sampler, grid, steps, strength)
+
+
 # --- CompVis ---------------------------------------------------------------------------------
 
 
@@ -147,6 +196,26 @@ def compvis_grid(sampler: str, steps: int, schedule: NoiseSchedule, spacing: str
         here, there = grid[0]
         return [(here, NoiseLevel(here.t, there.alpha_bar))]
     return grid
+
+
+def compvis_begun(sampler: str, grid: Levels, steps: int, strength: float) -> Walk:
+    """scripts/img2img.py: the picture is noised to the timestep of index strength * S, counted from
+    the cleanest, and the first step asks at the one below.
+
+    Raises:
+        ValueError: there is no step, or no such timestep (at a strength of 1), or no such sampler.
+    """
+    if sampler == "plms":
+        raise ValueError("like='compvis' has no plms from a picture: scripts/img2img.py has ddim")
+    left = int(steps * strength)
+    if left < 1:
+        return our_begun(sampler, grid, steps, strength)
+    if left >= len(grid):
+        raise ValueError(
+            f"CompVis' code fails with strength={strength}: it noises to the timestep after the "
+            f"last of {len(grid)}; less than 1 works"
+        )
+    return Walk(grid[-left - 1][0], grid[-left:])
 
 
 def compvis_timesteps(steps: int, total: int) -> list[int]:
@@ -177,22 +246,28 @@ def fits_compvis(steps: int, total: int) -> bool:
 
 # --- The presets -----------------------------------------------------------------------------
 
-OURS = Preset(our_grid, noise_device="cpu", one_generator=False)
+OURS = Preset(our_grid, our_begun, noise_device="cpu", one_generator=False)
 
-# StableDiffusionPipeline with generator=torch.Generator("cpu").manual_seed(seed). Its guidance is
-# off at a scale of 1, as ours is, and below 1 too, where ours is not.
+# StableDiffusionPipeline, or StableDiffusionImg2ImgPipeline, with
+# generator=torch.Generator("cpu").manual_seed(seed). Its guidance is off at a scale of 1, as ours
+# is, and below 1 too, where ours is not.
 DIFFUSERS = Preset(
     diffusers_grid,
+    diffusers_begun,
     noise_device="cpu",
     one_generator=True,
+    samples_latents=True,
     half_latents=True,
     min_guidance_scale=1.0,
 )
 
-# scripts/txt2img.py with its DDIMSampler, or with --plms its PLMSSampler, the first batch of a run.
-# Lightning's `seed_everything` takes seeds of 32 bits.
+# scripts/txt2img.py with its DDIMSampler, or with --plms its PLMSSampler, or scripts/img2img.py:
+# the first batch of a run. The last samples the VAE's posterior, by numbers that depend on what was
+# drawn while the model was built; here it is the mode. Lightning's `seed_everything` takes seeds of
+# 32 bits.
 COMPVIS = Preset(
     compvis_grid,
+    compvis_begun,
     noise_device="cuda",
     one_generator=True,
     samplers=("ddim", "plms"),
@@ -234,7 +309,12 @@ def check_preset(
     if seed > preset.max_seed:
         raise ValueError(f"like={like!r} takes seeds up to {preset.max_seed}, not {seed}")
     preset.grid(sampler, steps, schedule, spacing)
-    if preset.noise_device == "cuda" and not torch.cuda.is_available():
+
+
+def check_noise_device(like: str | None) -> None:
+    """A ValueError in one line where the noise of a preset cannot be drawn on this machine."""
+    if PRESETS[like].noise_device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"like={like!r} draws its noise on a CUDA device, and there is none on this machine"
+            f"like={like!r} draws its noise on a CUDA device, and there is none on this machine: "
+            "pass the noise itself (noise=)"
         )

@@ -7,7 +7,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 
 from ldm.errors import printable
 from ldm.files import written_whole
+from ldm.inputs import Held, held_as_dict, held_from_dict
 from ldm.settings import Settings
 from ldm.version import ldm_version
 
@@ -39,6 +40,8 @@ class Recipe:
         versions: of ldm, torch, transformers and Python.
         scale: how many times as wide and high the picture is shown as it was drawn.
         captions: whether its sheet says under each picture what differs.
+        inputs: what else the run was given, by name (`Inputs.held`): whoever repeats it must have
+            the same again. None is a function, of which there is no record.
     """
 
     settings: Settings
@@ -50,10 +53,17 @@ class Recipe:
     versions: Mapping[str, str]
     scale: int = 1
     captions: bool = False
+    inputs: Mapping[str, Held | None] = field(default_factory=dict)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the recipe, and what it says that it was given, make the picture again."""
+        return None not in self.inputs.values()
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them; `Recipe.from_dict` turns them back."""
-        return asdict(self) | {"settings": self.settings.as_dict()}
+        inputs = held_as_dict(self.inputs)
+        return asdict(self) | {"settings": self.settings.as_dict(), "inputs": inputs}
 
     @classmethod
     def from_dict(cls, fields: object) -> Recipe:
@@ -63,14 +73,15 @@ class Recipe:
             ValueError: there are other fields, or one is of another type.
         """
         kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        needed = kinds.keys() - {"scale", "captions", "inputs"}  # as older recipes have not
         if not isinstance(fields, Mapping) or not needed <= fields.keys() <= kinds.keys():
             raise ValueError(f"a recipe has the fields {', '.join(kinds)}")
         settings = Settings.from_dict(fields["settings"])
-        for name in fields.keys() - {"settings"}:
+        inputs = held_from_dict(fields.get("inputs", {}))
+        for name in fields.keys() - {"settings", "inputs"}:
             if not IS_A[kinds[name]](fields[name]):
                 raise ValueError(f"{name} is {fields[name]!r:.80}")
-        return cls(**{**fields, "settings": settings})
+        return cls(**{**fields, "settings": settings, "inputs": inputs})
 
 
 # What each type of a field may be in JSON.

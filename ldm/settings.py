@@ -5,8 +5,8 @@
 
 The pipeline draws by it; recipes, traces, pages and sweeps carry it. A new setting is a field here,
 with a default (so that older recipes can be read), a keyword of `Settings.of` and its check; the
-same keyword of `TextToImage.__call__` and `denoise`; an option in `ldm.cli.options`; and, where
-people are to see it, words in `ldm.viz.player.captions`.
+same keyword in `ldm.inputs.Keywords`; an option in `ldm.cli.options`; and, where people are to see
+it, words in `ldm.viz.player.captions`. What is no number or name is an input: `ldm.inputs`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 from ldm.config import ModelConfig
 from ldm.errors import did_you_mean
-from ldm.presets import MAX_SEED, PRESETS, check_preset
+from ldm.presets import MAX_SEED, PRESETS, Walk, check_preset
 from ldm.samplers import SAMPLERS, SPACINGS
 from ldm.samplers.grids import Levels
 from ldm.schedule import NoiseSchedule
@@ -31,6 +31,8 @@ Value = TypeVar("Value")
 MAX_BYTES = 2**36
 """What a run may have to hold at once, at most: 64 GiB. More is a mistake, or a recipe that is to
 bring a machine down, and is refused before any of it is asked for."""
+
+FITS = ("crop",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Settings:
         like: whose picture of the seed to draw (`ldm.presets`); None is our own.
         spacing: how the steps are spaced, one of `ldm.samplers.SPACINGS`; None is the sampler's own
             way.
+        strength: of a run that starts from a picture, how much of the grid it walks: above 0, where
+            the picture stays as it is, to 1, where it is redrawn. None starts from noise alone.
+        fit: what becomes of such a picture of another size: None, it is refused; "crop", its middle
+            is taken, and resized.
+        paste_back: whether the pixels that a mask keeps are those of the picture, and not the
+            decoder's.
+        variation_seed, variation_strength: a second seed, and how far the starting noise goes
+            towards its own, from 0 to 1 (`ldm.samplers.slerp`).
     """
 
     prompts: tuple[str, ...]
@@ -62,6 +72,11 @@ class Settings:
     width: int
     like: str | None = None
     spacing: str | None = None
+    strength: float | None = None
+    fit: str | None = None
+    paste_back: bool = False
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
     @classmethod
     def of(
@@ -80,6 +95,11 @@ class Settings:
         width: int | None = None,
         like: str | None = None,
         spacing: str | None = None,
+        strength: float | None = None,
+        fit: str | None = None,
+        paste_back: bool = False,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
     ) -> Self:
         """The settings of `num_images` pictures of each prompt, by a model of this config; None is
         the model's own default, or that of a sampler which was made for another (lcm: 4 steps,
@@ -106,6 +126,13 @@ class Settings:
             width=whole("width", config.image_size if width is None else width),
             like=like,
             spacing=spacing,
+            strength=None if strength is None else number("strength", strength),
+            fit=fit,
+            paste_back=paste_back,
+            variation_seed=None
+            if variation_seed is None
+            else whole("variation_seed", variation_seed),
+            variation_strength=number("variation_strength", variation_strength),
         )
         settings.check(config)
         return settings
@@ -131,21 +158,38 @@ class Settings:
             near = did_you_mean(str(self.spacing), SPACINGS)
             there = ", ".join(SPACINGS)
             raise ValueError(f"unknown spacing {self.spacing!r:.80}: there are {there}{near}")
-        if not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
-            raise ValueError(f"the seed must be between 0 and {MAX_SEED}, not {self.seed}")
+        for name, seed in (("the seed", self.seed), ("variation_seed", self.variation_seed)):
+            if seed is not None and not 0 <= seed <= MAX_SEED - self.num_images + 1:
+                raise ValueError(f"{name} must be between 0 and {MAX_SEED}, not {seed}")
+        if not 0.0 <= self.variation_strength <= 1.0:
+            raise ValueError(
+                f"variation_strength must be between 0 and 1, not {self.variation_strength}"
+            )
+        if (self.variation_seed is None) != (self.variation_strength == 0.0):
+            raise ValueError(
+                "a variation needs both: variation_seed, and variation_strength above 0"
+            )
+        if self.strength is not None and not 0.0 < self.strength <= 1.0:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+        if self.fit not in [None, *FITS]:
+            raise ValueError(f"unknown fit {self.fit!r:.80}: there is {', '.join(FITS)}")
+        if not isinstance(self.paste_back, bool):
+            raise ValueError(f"paste_back must be True or False, not {self.paste_back!r:.80}")
         check_bytes(
             f"num_images={self.num_images}, height={self.height} and width={self.width}",
             bytes_held(config, self.num_images, self.height, self.width),
         )
+        schedule = NoiseSchedule(config.schedule)
         check_preset(
             self.like,
             sampler=self.sampler,
             steps=self.steps,
             spacing=self.spacing,
-            schedule=NoiseSchedule(config.schedule),
+            schedule=schedule,
             guidance_scale=self.guidance_scale,
-            seed=self.seed,
+            seed=max(self.seed, self.variation_seed or 0),
         )
+        self.walk(schedule)
 
     @property
     def num_images(self) -> int:
@@ -163,15 +207,36 @@ class Settings:
         (prompt,) = self.prompts
         return prompt
 
+    def walk(self, schedule: NoiseSchedule, grid: Levels | None = None) -> Walk:
+        """Where the run starts, and the pairs of noise levels that it walks in a model of this
+        schedule: one step for each.
+
+        Args:
+            grid: another one than the settings' own, of as many steps.
+
+        Raises:
+            ValueError: in one line, if the strength leaves no step of it.
+        """
+        preset = PRESETS[self.like]
+        if grid is None:
+            grid = preset.grid(self.sampler, self.steps, schedule, self.spacing)
+        if self.strength is None:
+            return Walk(grid[0][0], grid)
+        return preset.begun(self.sampler, grid, self.steps, self.strength)
+
     def grid(self, schedule: NoiseSchedule) -> Levels:
-        """The pairs of noise levels that the run walks in a model of this schedule: one step for
-        each."""
-        return PRESETS[self.like].grid(self.sampler, self.steps, schedule, self.spacing)
+        """The pairs of noise levels that the run walks: those of `walk`."""
+        return self.walk(schedule).grid
 
     def alone(self, index: int) -> Self:
         """The run that draws picture `index` of this one by itself: the same picture, since its
         noise comes from its own seed (but with a `like` whose noise depends on the whole batch)."""
-        return dataclasses.replace(self, prompts=(self.prompts[index],), seed=self.seed + index)
+        return dataclasses.replace(self.later(index), prompts=(self.prompts[index],))
+
+    def later(self, count: int) -> Self:
+        """The same run, of seeds that are so many later."""
+        second = None if self.variation_seed is None else self.variation_seed + count
+        return dataclasses.replace(self, seed=self.seed + count, variation_seed=second)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them; `Settings.from_dict` turns them back."""
@@ -199,8 +264,11 @@ IS_A: dict[str, Callable[[Any], bool]] = {
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(IS_A["str"], value)),
     "str": lambda value: isinstance(value, str),
     "str | None": lambda value: value is None or isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int and abs(value) <= MAX_SEED,
+    "int | None": lambda value: value is None or IS_A["int"](value),
     "float": lambda value: type(value) is float or IS_A["int"](value),
+    "float | None": lambda value: value is None or IS_A["float"](value),
 }
 
 

@@ -45,7 +45,10 @@ class Posterior:
         seed means the same latent on every device.
         """
         device = "cpu" if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.drawn(torch.randn(self.mean.shape, generator=generator, device=device))
+
+    def drawn(self, noise: Tensor) -> Tensor:
+        """The latent of this standard normal noise, of the mean's shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import LINE
 from ldm.files import file_sha256
+from ldm.inputs import Held
 from ldm.recipe import KEY, LONGEST, Recipe, installed_versions, read_recipes, save_png
 from ldm.settings import Settings
 
@@ -40,13 +42,27 @@ RECIPE = Recipe(
     dtype="float32",
     versions={"torch": "1"},
 )
+GIVEN = dataclasses.replace(RECIPE, inputs={"image": Held((16, 24, 3), "0" * 64), "callback": None})
+
+
+def held(**changes: object) -> dict[str, object]:
+    return {"shape": [16, 16, 3], "sha256": "0" * 64} | changes
+
+
+def test_a_recipe_older_than_inputs_is_read() -> None:
+    fields = RECIPE.as_dict()
+    for name in ("strength", "fit", "paste_back", "variation_seed", "variation_strength"):
+        del fields["settings"][name]
+    del fields["inputs"]
+    assert Recipe.from_dict(fields) == RECIPE
 
 
 def test_a_recipe_survives_in_the_picture_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     image = Image.new("RGB", (24, 16), (3, 100, 200))
-    save_png(image, path, [RECIPE, RECIPE])
-    assert read_recipes(path) == [RECIPE, RECIPE]
+    save_png(image, path, [RECIPE, GIVEN])
+    assert read_recipes(path) == [RECIPE, GIVEN]
+    assert RECIPE.repeatable and not GIVEN.repeatable
     with Image.open(path) as again:
         assert again.tobytes() == image.tobytes()
 
@@ -96,6 +112,15 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
         (lambda f: f.update(scale=0), "scale is 0"),
         (lambda f: f.update(scale=10**9), "scale is 1000000000"),
         (lambda f: f.update(captions=1), "captions is 1"),
+        (lambda f: f["settings"].update(strength="all"), "strength is 'all'"),
+        (lambda f: f["settings"].update(paste_back=1), "paste_back is 1"),
+        (lambda f: f.update(inputs=[]), "inputs are of image, mask"),
+        (lambda f: f.update(inputs={"picture": None}), "inputs are of image, mask"),
+        (lambda f: f.update(inputs={"image": {"shape": [2]}}), "image has a shape and a sha256"),
+        (lambda f: f.update(inputs={"image": held(shape=[2, -1])}), "the shape of image is"),
+        (lambda f: f.update(inputs={"image": held(shape=[])}), "the shape of image is"),
+        (lambda f: f.update(inputs={"image": held(shape=[2] * 99)}), "the shape of image is"),
+        (lambda f: f.update(inputs={"image": held(sha256="\x1b[2J")}), "the sha256 of image is"),
         (lambda f: f.update(model="\x1b]0;owned\x07" * 10**5, ema=3), "ema is 3"),
         (lambda f: f.update({"\x1b]0;owned\x07": 3}), "a recipe has the fields settings, model"),
     ],

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         prompt,
         compare={name: value for name, value in other.items() if value is not None} or None,
-        **options.asked_settings(args),
+        **options.asked_run(args),
     )
     path = options.outputs(args.output, prompt, ".html").path
     plans, tokenizer = options.plan_asked(sources, args.ema)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.weights:
         options.say(f"weights {pipe.origin}")
     if args.seed is None:
-        options.say(f"seed {runs[0].seed}")
+        options.say(f"seed {runs[0][0].seed}")
     explain_runs(pipe, runs, path, progress=sys.stderr.isatty())
     options.tell(path)
     return 0

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.config import ModelConfig
+    from ldm.inputs import Inputs
     from ldm.pipeline import TextToImage
     from ldm.recipe import Recipe
 
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   ldm generate "a red house on green grass at night"
   ldm generate "a red house" "a blue house" -n 4 --grid -o houses.png
   ldm generate "calm sea at sunset" -s 7 -k 30 --scale 4
+  ldm generate "a blue house" --image red-house.png --strength 0.6
   ldm generate --like houses.png -o again.png
 """
 
@@ -41,8 +43,19 @@ def add_parser(commands: options.Commands) -> None:
         metavar="PNG",
         help="where to write (default: a name from the prompt)",
     )
+    p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
+    p.add_argument(
+        "--reproduce", metavar="CODE", help=f"the seed's picture of {' or '.join(options.LIKE)}"
+    )
     options.add_run_options(p, seed_help="image i uses seed + i (default: drawn, and printed)")
     options.add_drawing_options(p)
+    add_sheet_options(p)
+    p.set_defaults(run=run, defaults={name: p.get_default(name) for name in IN_THE_RECIPE})
+
+
+def add_sheet_options(parser: argparse.ArgumentParser) -> None:
+    """How many pictures, and how they are shown."""
+    p = parser.add_argument_group("several pictures, and how large")
     p.add_argument(
         *("-n", "--num-images"), type=int, default=1, metavar="N", help="per prompt (%(default)s)"
     )
@@ -60,11 +73,6 @@ def add_parser(commands: options.Commands) -> None:
         metavar="N",
         help="show every picture N times as wide and high (%(default)s)",
     )
-    p.add_argument("--like", type=Path, metavar="PNG", help="make this picture again")
-    p.add_argument(
-        "--reproduce", metavar="CODE", help=f"the seed's picture of {' or '.join(options.LIKE)}"
-    )
-    p.set_defaults(run=run, defaults={name: p.get_default(name) for name in IN_THE_RECIPE})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,13 +84,14 @@ def run(args: argparse.Namespace) -> int:
     from ldm.pipeline import TextToImage
 
     sources, config = options.open_asked(args)
-    order = order_like(args.like, config) if args.like else order_asked(args, prompts, config)
+    order = order_like(args, config) if args.like else order_asked(args, prompts, config)
     first = order.recipes[0]
     check_sheet(order)
     count = 1 if order.grid else len(order)
     paths = options.outputs(args.output, first.settings.prompt, ".png", count)
-    if args.like and paths.path.resolve() == args.like.resolve():
-        raise ValueError(f"{args.like} would be overwritten: name another file with -o")
+    for source in filter(None, (args.like, args.image, args.mask)):
+        if any(path.resolve() == source.resolve() for path in paths.taken()):
+            raise ValueError(f"{source} would be overwritten: name another file with -o")
     plans, tokenizer = options.plan_asked(sources, first.ema)
     order = sign(order, args.like, options.files_of(sources))
     pipe = TextToImage.from_plans(
@@ -156,11 +165,13 @@ class Order:
 
     Attributes:
         recipes: of the first picture of each.
+        inputs: what all of them are given.
         each: how many pictures.
         grid: whether all go onto one sheet.
     """
 
     recipes: Sequence[Recipe]
+    inputs: Inputs
     each: int
     grid: bool
 
@@ -171,24 +182,23 @@ class Order:
         """The recipe of each picture alone, made when its turn comes: there may be a million."""
         for recipe in self.recipes:
             for i in range(self.each):
-                settings = dataclasses.replace(recipe.settings, seed=recipe.settings.seed + i)
-                yield dataclasses.replace(recipe, settings=settings)
+                yield dataclasses.replace(recipe, settings=recipe.settings.later(i))
 
 
 def order_asked(args: argparse.Namespace, prompts: Sequence[str], config: ModelConfig) -> Order:
     """What the arguments ask for, not yet signed, or a ValueError."""
+    from ldm.inputs import asked
     from ldm.recipe import Recipe
-    from ldm.settings import Settings
 
-    asked = options.asked_settings(args)
+    run = options.asked_run(args)
     device = options.asked_device(args)
     dtype = str(options.asked_dtype(args, device)).removeprefix("torch.")
     recipes = []
     for i, prompt in enumerate(prompts):
-        seed = asked["seed"] + i * args.num_images
-        settings = Settings.of(config, prompt, like=args.reproduce, **asked | {"seed": seed})
-        last = dataclasses.replace(settings, seed=seed + args.num_images - 1)
-        last.check(config)
+        settings, inputs = asked(config, prompt, {**run, "like": args.reproduce})
+        settings = settings.later(i * args.num_images)
+        for one in (settings, settings.later(args.num_images - 1)):
+            one.check(config)
         recipes.append(
             Recipe(
                 settings=settings,
@@ -200,16 +210,19 @@ def order_asked(args: argparse.Namespace, prompts: Sequence[str], config: ModelC
                 versions={},
                 scale=args.scale,
                 captions=args.grid and args.captions,
+                inputs=inputs.held(),
             )
         )
-    return Order(recipes, args.num_images, grid=args.grid)
+    return Order(recipes, inputs, args.num_images, grid=args.grid)
 
 
-def order_like(path: Path, config: ModelConfig) -> Order:
+def order_like(args: argparse.Namespace, config: ModelConfig) -> Order:
     """An existing picture's, or a ValueError when its recipes cannot be followed here."""
     from ldm.device import check_device
+    from ldm.inputs import Inputs
     from ldm.recipe import read_recipes
 
+    path = args.like
     recipes = read_recipes(path)
     first = recipes[0]
     alike = all(
@@ -222,9 +235,36 @@ def order_like(path: Path, config: ModelConfig) -> Order:
     if not (known and alone and alike and len(sizes) == 1):
         raise ValueError(f"the recipe in {path} is not one that ldm wrote")
     check_device(first.device)
+    inputs = Inputs.of(**options.asked_pictures(args))
+    check_given(path, first, inputs)
     for one in recipes:
         one.settings.check(config)
-    return Order(recipes, 1, grid=True)
+        inputs.check(one.settings, config)
+    return Order(recipes, inputs, 1, grid=True)
+
+
+def check_given(path: Path, recipe: Recipe, inputs: Inputs) -> None:
+    """A ValueError unless the pictures are those that the recipe's picture was drawn from."""
+    held = inputs.held()
+    for name, theirs in recipe.inputs.items():
+        if theirs is None:
+            raise ValueError(f"{path} was drawn with a function, {name}, which no picture carries")
+        if name not in options.PICTURES:
+            raise ValueError(
+                f"{path} was drawn with {name} of its own, which Python alone can give"
+            )
+        height, width = theirs.shape[:2]
+        if (ours := held.get(name)) is None:
+            raise ValueError(
+                f"{path} was drawn from a picture of {width}x{height} pixels: pass it with --{name}"
+            )
+        if ours != theirs:
+            raise ValueError(
+                f"--{name} is not what {path} was drawn from: the SHA-256 of its pixels is "
+                f"{ours.sha256}, and was {theirs.sha256}"
+            )
+    for name in held.keys() - recipe.inputs.keys():
+        raise ValueError(f"{path} was drawn without a picture to start from: leave out --{name}")
 
 
 def check_sheet(order: Order) -> None:
@@ -279,10 +319,10 @@ def draw(pipe: TextToImage, order: Order) -> Iterator[tuple[Recipe, Image]]:
     # No bar where nobody watches: in a log it would be a line a step.
     with tqdm(total=steps * order.each, unit="step", file=sys.stderr, disable=None) as bar:
         for recipe in order:
-            for step in pipe.run(recipe.settings):
+            for step in pipe.run(recipe.settings, order.inputs):
                 latents = step.x_prev
                 bar.update()
-            (image,) = pipe.decode(latents)
+            (image,) = pipe.pictures(latents, recipe.settings, order.inputs)
             with bar.external_write_mode():
                 yield recipe, enlarged(image, recipe.scale)
 

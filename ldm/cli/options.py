@@ -22,6 +22,7 @@ from ldm.files import check_writable
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from ldm.checkpoints.planning import Ema, Plan
     from ldm.checkpoints.recognise import Weights
@@ -43,9 +44,13 @@ EMA: dict[str, Ema] = {"auto": "auto", "yes": True, "no": False}
 MODELS_OWN = "default: the model's own"
 RUN = (
     *("steps", "sampler", "spacing", "guidance_scale", "negative_prompt"),
-    *("eta", "height", "width"),
+    *("eta", "height", "width", "strength", "fit", "paste_back"),
+    *("variation_seed", "variation_strength"),
 )
 """The settings of a run that options ask for by their own names, but for the seed."""
+PICTURES = ("image", "mask")
+"""What a run is given, by the names of the options."""
+FITS = ("crop",)  # of ldm.settings
 MAX_SCALE = 64  # of ldm.recipe
 LONGEST_PATH = 4096  # characters, on Linux
 
@@ -67,9 +72,10 @@ def tell(path: Path) -> None:
 # --- Options ---------------------------------------------------------------------------------
 
 
-def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
-    """The settings of a run but for its prompt; what is not given is None where the model has a
-    default of its own."""
+def add_run_options(parser: argparse.ArgumentParser, *, seed_help: str) -> None:
+    """The settings of a run but for its prompt, in groups; what is not given is None where the
+    model has a default of its own."""
+    p = parser.add_argument_group("the run")
     add_sampler_options(p)
     p.add_argument(
         "--spacing",
@@ -83,9 +89,41 @@ def add_run_options(p: argparse.ArgumentParser, *, seed_help: str) -> None:
     p.add_argument("-s", "--seed", type=int, metavar="N", help=seed_help)
     for side in ("--height", "--width"):
         p.add_argument(side, type=int, metavar="PIXELS", help="(default: as the model was trained)")
+    p.add_argument(
+        "--variation-seed", type=int, metavar="N", help="a second seed, to go some of the way to"
+    )
+    p.add_argument(
+        "--variation-strength",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="how far, 0 to 1 (%(default)s)",
+    )
+    add_picture_options(parser)
 
 
-def add_sampler_options(p: argparse.ArgumentParser) -> None:
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """A picture that a run starts from, and what becomes of it."""
+    p = parser.add_argument_group("a picture to start from")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the picture, of the run's size")
+    p.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="how much of it to redraw, above 0 to 1 (default: 0.75, with a --mask 1)",
+    )
+    p.add_argument(
+        "--mask", type=Path, metavar="FILE", help="what of it to redraw, white; black is kept"
+    )
+    p.add_argument(
+        "--fit", metavar="HOW", help=f"{FITS[0]}: take the middle of another size, and resize it"
+    )
+    p.add_argument(
+        "--paste-back", action="store_true", help="keep the very pixels that the --mask keeps"
+    )
+
+
+def add_sampler_options(p: argparse._ActionsContainer) -> None:
     """Those settings of a run that a model has its own defaults for."""
     p.add_argument(
         *("-k", "--steps"), type=int, metavar="N", help=f"sampler steps, 1 to 1000 ({MODELS_OWN})"
@@ -102,7 +140,7 @@ def add_sampler_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
+def add_model_options(p: argparse._ActionsContainer) -> None:
     """What a model is made of, but for the main file or folder of its weights."""
     p.add_argument("--vae", type=Path, metavar="PATH", help="another file with the autoencoder")
     p.add_argument("--text", type=Path, metavar="PATH", help="another file with the text encoder")
@@ -125,8 +163,9 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_drawing_options(p: argparse.ArgumentParser) -> None:
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The model that draws, where, and in what precision."""
+    p = parser.add_argument_group("the model")
     p.add_argument(
         "--weights",
         type=Path,
@@ -138,7 +177,7 @@ def add_drawing_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")
 
 
-def add_device_option(p: argparse.ArgumentParser) -> None:
+def add_device_option(p: argparse._ActionsContainer) -> None:
     """Where to compute."""
     p.add_argument(
         "--device", metavar="NAME", help="cuda, mps or cpu (default: the fastest there is)"
@@ -169,11 +208,20 @@ def named_dtype(name: str) -> torch.dtype:
     return {dtype: getattr(torch, dtype) for dtype in DTYPES}[name]
 
 
-def asked_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a run, as keywords of `Settings.of`: those in `RUN`, and the seed of
-    `--seed`, or a fresh one."""
+def asked_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is asked for, as keywords of `pipe(...)`: the settings in `RUN`, the seed of
+    `--seed`, or a fresh one, and the pictures."""
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    return {name: getattr(args, name) for name in RUN} | {"seed": seed}
+    pictures = asked_pictures(args)
+    return {name: getattr(args, name) for name in RUN} | {"seed": seed} | pictures
+
+
+def asked_pictures(args: argparse.Namespace) -> dict[str, Image]:
+    """The pictures that options name, read."""
+    from ldm.pictures import to_rgb
+
+    given = {name: getattr(args, name) for name in PICTURES}
+    return {name: to_rgb(path) for name, path in given.items() if path is not None}
 
 
 def asked_config(args: argparse.Namespace) -> ModelConfig | None:

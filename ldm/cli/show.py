@@ -11,6 +11,7 @@ from ldm.cli import options
 from ldm.errors import printable
 
 if TYPE_CHECKING:
+    from ldm.inputs import Held
     from ldm.recipe import Recipe
 
 EXAMPLES = """examples:
@@ -47,24 +48,34 @@ def run(args: argparse.Namespace) -> int:
 def facts(recipe: Recipe) -> dict[str, Any]:
     """All that a recipe says, by name, in the order in which it is told."""
     fields = recipe.as_dict()
-    settings = fields.pop("settings")
+    settings, inputs = fields.pop("settings"), fields.pop("inputs")
     prompt = ", ".join(settings.pop("prompts"))
-    return {"prompt": prompt, **settings, **fields}
+    given = {name: held_words(name, recipe.inputs[name]) for name in inputs}
+    return {"prompt": prompt, **settings, **given, **fields}
+
+
+def held_words(name: str, held: Held | None) -> str:
+    """What a run was given, in words."""
+    if held is None:
+        return "a function: the picture cannot be made again from this"
+    sizes = "x".join(map(str, held.shape))
+    if name in options.PICTURES:
+        height, width = held.shape[:2]
+        sizes = f"{width}x{height} pixels"
+    return f"{sizes}, SHA-256 {held.sha256}"
 
 
 def differing(recipes: Sequence[Recipe]) -> list[str]:
     """The names of the facts in which recipes differ."""
     first, *others = map(facts, recipes)
-    different = set()
-    for other in others:
-        different |= {name for name in first if other[name] != first[name]}
-    return [name for name in first if name in different]
+    names = dict.fromkeys(name for one in (first, *others) for name in one)
+    return [name for name in names if any(one.get(name) != first.get(name) for one in others)]
 
 
 def told(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """Some facts of a recipe, each in a few words; a prompt speaks for itself."""
-    all_facts = facts(recipe)
+    said = facts(recipe)
     return [
-        str(all_facts[name]) if name == "prompt" else f"{name.replace('_', ' ')} {all_facts[name]}"
+        str(said[name]) if name == "prompt" else f"{name.replace('_', ' ')} {said.get(name)}"
         for name in names
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from ldm.config import MOST_TIMESTEPS, WIDEST
 from ldm.errors import printable
 from ldm.files import check_writable, written_whole
+from ldm.inputs import Held, Inputs, asked, held_as_dict, held_from_dict
 from ldm.observe.hooks import record
 from ldm.observe.maps import (
     Word,
@@ -76,6 +77,8 @@ class Trace:
             mean over heads: at each place they sum to 1 over the L tokens.
         picture: the final latents decoded, (height, width, 3) uint8; None where nobody decoded
             them.
+        inputs: what the run was given besides its settings, by name (`ldm.inputs.Inputs.held`): a
+            picture to start from, say, of which, noised, the first x was made.
     """
 
     model: str
@@ -94,6 +97,7 @@ class Trace:
     eps_cond: Tensor | None = None
     eps_uncond: Tensor | None = None
     picture: Tensor | None = None
+    inputs: Mapping[str, Held | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """A ValueError in one line where the parts do not fit together."""
@@ -136,12 +140,13 @@ class Trace:
     def __repr__(self) -> str:
         s = self.settings
         run = f"{len(self)} steps of {s.sampler}, guidance {s.guidance_scale}"
+        start = "" if s.strength is None else f"from a picture at strength {s.strength:g}, "
         words = " ".join(word.text for word in self.words[1:-1])
         maps = ", ".join(
             f"{len(self.layers(rows))} at {rows}x{columns}" for rows, columns in self.resolutions
         )
         return printable(
-            f"<Trace of {self.prompt!r} by {self.model}: {s.width}x{s.height}, {run}, "
+            f"<Trace of {self.prompt!r} by {self.model}: {s.width}x{s.height}, {start}{run}, "
             f"seed {s.seed}; "
             f"words: {words}; attention layers: {maps}; {self.nbytes / 1e6:.3g} MB>"
         )
@@ -254,6 +259,8 @@ class Trace:
         facts = {name: getattr(self, name) for name in FACTS}
         facts["settings"] = self.settings.as_dict()
         facts["words"] = [vars(word) for word in self.words]
+        if self.inputs:
+            facts["inputs"] = held_as_dict(self.inputs)
         text = json.dumps(facts, sort_keys=True)
         with written_whole(path) as temporary:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -338,19 +345,21 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     Raises:
         ValueError: at the call, before any work, as `pipe(...)` does, or for several pictures.
     """
-    return trace_run(pipe, Settings.of(pipe.config, prompt, **settings))
+    return trace_run(pipe, *asked(pipe.config, prompt, settings))
 
 
-def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
-    """The same, of settings that are there already. It must be one picture.
+def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) -> Trace:
+    """The same, of settings and inputs that are there already. It must be one picture.
 
     Raises:
         ValueError: at the call, before any work, for settings that the model cannot follow, or of
-            several pictures.
+            several pictures; or for a context, of which nobody knows the words.
     """
     if settings.num_images != 1:
         raise ValueError("a trace is of one picture: for several, trace each on its own")
-    run = pipe.run(settings)
+    if inputs.context is not None:
+        raise ValueError("a trace tells where words look: pass the prompt, and no context")
+    run = pipe.run(settings, inputs)
     times: list[tuple[float, float, float]] = []
     tensors: dict[str, list[Tensor]] = {name: [] for name in STEPWISE}
     with record(
@@ -366,7 +375,7 @@ def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
                     values.append(value.cpu())
             latents = step.x_prev.cpu()
 
-    (picture,) = pipe.decode(latents)
+    (picture,) = pipe.pictures(latents, settings, inputs)
     t, t_prev, alpha_bar = zip(*times, strict=True)
     latent_size = (latents.shape[2], latents.shape[3])
     tokenizer = pipe.text.require_tokenizer()
@@ -387,6 +396,7 @@ def trace_run(pipe: TextToImage, settings: Settings) -> Trace:
             for name, calls in recorded.items()
         },
         picture=torch.from_numpy(np.array(picture)),  # (height, width, 3)
+        inputs=inputs.held(),
     )
 
 
@@ -397,7 +407,7 @@ def read_facts(text: str) -> dict[str, Any]:
         ValueError: it is not the metadata of a trace.
     """
     facts = json.loads(text)
-    if not isinstance(facts, dict) or facts.keys() != set(FACTS):
+    if not isinstance(facts, dict) or facts.keys() - {"inputs"} != set(FACTS):
         raise ValueError(f"its metadata does not have just the fields {', '.join(FACTS)}")
     if type(facts["model"]) is not str or type(facts["heads"]) is not int:
         raise ValueError(f"model is {facts['model']!r:.80}, heads {facts['heads']!r:.80}")
@@ -406,6 +416,7 @@ def read_facts(text: str) -> dict[str, Any]:
     for name in ("t", "t_prev"):
         facts[name] = listed(name, facts[name], int, float)
     facts["settings"] = Settings.from_dict(facts["settings"])
+    facts["inputs"] = held_from_dict(facts.get("inputs", {}))
     facts["words"] = tuple(map(read_word, listed("words", facts["words"], dict)))
     return facts
 

@@ -11,6 +11,8 @@
     by_name.py    what `pipe(sampler=...)` finds. A new sampler is a rule in one of the three files,
                   a line there, and its name in the options of the command (`ldm.cli.options`)
     guidance.py   classifier-free guidance: two predictions made into one
+    inpainting.py a rule around a rule: a part of the picture is kept
+    inversion.py  from a picture back to noise
     noise.py      where random numbers come from
     soundness.py  whether latents are still numbers of a sane size
 
@@ -22,9 +24,11 @@ Samplers know no model, so they run as well on a closed form as on a UNet. `ddim
 from ldm.samplers.by_name import SAMPLERS, Sampler
 from ldm.samplers.grids import SPACINGS
 from ldm.samplers.guidance import guide, on_interval
+from ldm.samplers.inpainting import inpaint_rule
+from ldm.samplers.inversion import invert, rising
 from ldm.samplers.loop import EpsFn, Grid, Known, Moment, Prediction, Rule, Step, Steps, sample
 from ldm.samplers.multistep import dpmpp_2m_rule, dpmpp_2m_sde_rule, plms_rule, unipc_rule
-from ldm.samplers.noise import Generators, draw_noise
+from ldm.samplers.noise import Generators, Noise, draw_noise, handed_in, slerp
 from ldm.samplers.rules import ddim, ddpm
 from ldm.samplers.solvers import euler_ancestral_rule, euler_rule, heun_rule, lcm_rule
 
@@ -36,6 +40,7 @@ __all__ = [
     "Grid",
     "Known",
     "Moment",
+    "Noise",
     "Prediction",
     "Rule",
     "Sampler",
@@ -49,10 +54,15 @@ __all__ = [
     "euler_ancestral_rule",
     "euler_rule",
     "guide",
+    "handed_in",
     "heun_rule",
+    "inpaint_rule",
+    "invert",
     "lcm_rule",
     "on_interval",
     "plms_rule",
+    "rising",
     "sample",
+    "slerp",
     "unipc_rule",
 ]

@@ -17,6 +17,7 @@ latents to pictures, `pipe.decode` or a `LatentRGB`. Curves need matplotlib, the
     network.py     a UNet's shape, and the maps that pass through a network
     latents.py     what latents look like without the decoder, and their statistics
     sweeps.py      one prompt under every pair of values of two settings
+    walks.py       from one prompt or seed to another, through what lies between
     animations.py  pictures that move
     live.py        watching a run in the cell that makes it
     card.py        what Jupyter shows of a trace
@@ -61,6 +62,7 @@ from ldm.viz.plots import (
 from ldm.viz.runs import Run
 from ldm.viz.strips import frames, side_by_side, steps
 from ldm.viz.sweeps import sweep, sweep_images
+from ldm.viz.walks import walk, walk_images
 
 __all__ = [
     "SD_V1_RGB",
@@ -100,6 +102,8 @@ __all__ = [
     "timestep_rows",
     "trace_rgb",
     "unet_shape",
+    "walk",
+    "walk_images",
 ]
 
 # In Jupyter a trace shows its card.

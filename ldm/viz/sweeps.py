@@ -5,13 +5,13 @@ viz.sweep(pipe, "a red house", rows=("guidance_scale", [1, 4, 8]), columns=("ste
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ldm.config import ModelConfig
+from ldm.inputs import Inputs, Keywords, asked
 from ldm.settings import Settings
 from ldm.viz.grids import grid
 
@@ -57,17 +57,17 @@ def sweep_images(
     pipe: TextToImage, prompt: str, rows: Axis, columns: Axis, **settings: Any
 ) -> list[list[Image.Image]]:
     """The pictures of a `sweep` alone, those of the first row's value first."""
-    cells = sweep_settings(pipe.config, prompt, rows, columns, **settings)
-    return [[pipe.draw(cell)[0] for cell in row] for row in cells]
+    cells = sweep_runs(pipe.config, prompt, rows, columns, **settings)
+    return [[pipe.draw(*cell)[0] for cell in row] for row in cells]
 
 
-def sweep_settings(
+def sweep_runs(
     config: ModelConfig, prompt: str, rows: Axis, columns: Axis, **settings: Any
-) -> list[list[Settings]]:
+) -> list[list[tuple[Settings, Inputs]]]:
     """The runs of a `sweep`, a row for each of the rows' values. Errors as there."""
     if not isinstance(prompt, str):
         raise ValueError(f"a sweep is of one prompt, a string, not {prompt!r}")
-    known = {field.name for field in dataclasses.fields(Settings)} - {"prompts"}
+    known = Keywords.__annotations__.keys() - {"num_images"}
     given = [rows[0], columns[0], *settings]
     for name in given:
         if name not in known:
@@ -79,7 +79,7 @@ def sweep_settings(
             raise ValueError(f"{name} needs a list of values, not {options!r}")
     return [
         [
-            Settings.of(config, prompt, **{rows[0]: row, columns[0]: column}, **settings)
+            asked(config, prompt, {rows[0]: row, columns[0]: column, **settings})
             for column in columns[1]
         ]
         for row in rows[1]

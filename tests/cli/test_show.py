@@ -34,7 +34,11 @@ def test_every_setting_is_printed(generate, capsys: pytest.CaptureFixture[str]) 
     (recipe,) = read_recipes(Path("a.png"))
     settings = recipe.settings.as_dict()
     assert settings.pop("prompts") == ["a red house"]
-    rest = {name: value for name, value in recipe.as_dict().items() if name != "settings"}
+    rest = {
+        name: value
+        for name, value in recipe.as_dict().items()
+        if name not in ("settings", "inputs")
+    }
     expected = {"prompt": "a red house", **settings, **rest}
     assert lines == [f"{name:>16}  {value}" for name, value in expected.items()] + [""]
 

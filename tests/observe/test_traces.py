@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,9 +23,10 @@ from ldm.observe.hooks import record
 from ldm.observe.maps import Word, daam, group_words, map_size, prompt_to_prompt
 from ldm.observe.traces import Trace, trace, trace_run
 from ldm.pipeline import TextToImage
+from ldm.schedule import noised
 from ldm.settings import Settings
 from ldm.tokenizer import BOS, EOS
-from tests.helpers import pipe_that_reads, relative_error
+from tests.helpers import pipe_that_reads, relative_error, rng
 
 PROMPT = "a red house, and a bluish house"
 SETTINGS = {"steps": 3, "seed": 5, "guidance_scale": 3.0, "height": 20, "width": 12}
@@ -207,6 +209,27 @@ def words_of(pipe: TextToImage, prompt: str) -> list[tuple[str, tuple[int, ...]]
     tokenizer = pipe.text.require_tokenizer()
     ids = tokenizer.pad(tokenizer.encode(prompt), 16)
     return [(word.text, word.tokens) for word in group_words(tokenizer, ids)]
+
+
+def test_a_trace_from_a_picture_starts_from_it_noised_and_says_so(
+    pipe: TextToImage, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (12, 20), (200, 30, 90))
+    asked = SETTINGS | {"image": picture, "strength": 0.7}
+    run = trace(pipe, PROMPT, **asked)
+    assert run.t == (334, 1)
+    noise = torch.randn(1, 4, 10, 6, generator=rng(5))
+    expected = noised(pipe.encode(picture), noise, run.alpha_bar[0])
+    assert relative_error(run.x[:1], expected) <= 1e-5
+    assert "12x20, from a picture at strength 0.7, 2 steps of ddim" in repr(run)
+    assert run.inputs.keys() == {"image"}
+    run.save(tmp_path / "run.safetensors")
+    assert Trace.load(tmp_path / "run.safetensors").inputs == run.inputs
+
+
+def test_a_trace_needs_the_words_that_were_looked_at(pipe: TextToImage) -> None:
+    with pytest.raises(ValueError, match="pass the prompt, and no context"):
+        trace(pipe, PROMPT, context=pipe.context(["a red house"]), **SETTINGS)
 
 
 def test_words_are_grouped_from_their_tokens(pipe: TextToImage, run: Trace) -> None:

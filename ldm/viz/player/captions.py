@@ -4,7 +4,7 @@ aligned, and the call that draws one again."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ldm.settings import Settings
@@ -12,7 +12,7 @@ from ldm.viz.player.film import Film
 
 COMPARABLE = (
     *("prompt", "steps", "guidance_scale", "negative_prompt"),
-    *("sampler", "spacing", "eta", "seed", "like"),
+    *("sampler", "spacing", "eta", "seed", "like", "strength"),
 )
 """What a second run may have different from the first: sizes must be the same."""
 
@@ -31,7 +31,8 @@ def facts(films: Sequence[Film]) -> list[str]:
     """The settings of a run, or those that two share, for the line below the prompt."""
     s = films[0].run.settings
     names = ["steps", "sampler", "guidance_scale", "seed"]
-    names += [name for name in ("spacing", "eta", "negative_prompt", "like") if getattr(s, name)]
+    others = ("spacing", "eta", "negative_prompt", "like", "strength", "variation_strength")
+    names += [name for name in others if getattr(s, name)]
     shared = [name for name in names if len({getattr(o.run.settings, name) for o in films}) == 1]
     said = [setting_words(name, getattr(s, name)) for name in shared]
     return [films[0].run.model, *said, f"{s.width}x{s.height} pixels"]
@@ -75,6 +76,8 @@ def setting_words(name: str, value: Any) -> str:
         return f"negative prompt “{value}”" if value else "no negative prompt"
     if name == "like":
         return f"as {value} draws" if value else "as ldm draws"
+    if name == "strength":
+        return f"from a picture at strength {value:g}"
     return f"{name.replace('_', ' ')} {value:g}" if name != "seed" else f"seed {value}"
 
 
@@ -90,9 +93,12 @@ def alignment_words(films: Sequence[Film]) -> str:
     )
 
 
-def python_call(settings: Settings) -> str:
-    """The call that draws the picture of these settings again."""
-    fields = dataclasses.asdict(settings)
+def python_call(settings: Settings, inputs: Collection[str] = ()) -> str:
+    """The call that draws the picture of these settings again; what it has to be given besides
+    them, by its name alone."""
+    fields = {one.name: one.default for one in dataclasses.fields(settings)}
     del fields["prompts"]
-    said = [f"{name}={value!r}" for name, value in fields.items() if value is not None]
-    return f"pipe({', '.join([repr(settings.prompt), *said])})"
+    values = {name: getattr(settings, name) for name in fields}
+    said = [f"{name}={value!r}" for name, value in values.items() if value != fields[name]]
+    given = [f"{name}=..." for name in inputs]
+    return f"pipe({', '.join([repr(settings.prompt), *said, *given])})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import ModelConfig
 from ldm.files import check_writable, write_text
+from ldm.inputs import Inputs, asked
 from ldm.settings import Settings
 from ldm.viz.player.captions import COMPARABLE
 from ldm.viz.player.film import film, work_of
@@ -15,6 +16,9 @@ from ldm.viz.player.page import player_html
 
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
+
+Asked = tuple[Settings, Inputs]
+"""A run that is to be shown."""
 
 
 def explain(
@@ -57,30 +61,30 @@ def runs_asked(
     *,
     compare: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> tuple[Settings, ...]:
+) -> tuple[Asked, ...]:
     """The runs of a page, one or two, as `explain` is asked for them; the model is not needed.
 
     Raises:
         ValueError: as there.
     """
-    asked: list[dict[str, Any]] = [{"prompt": prompt, **settings}]
+    wanted: list[dict[str, Any]] = [{"prompt": prompt, **settings}]
     if compare is not None:
         unknown = [str(name) for name in compare if name not in COMPARABLE]
         if unknown or not compare:
             named = f"cannot compare by {', '.join(unknown)}" if unknown else "nothing to compare"
             raise ValueError(f"{named}: there are {', '.join(COMPARABLE)}")
-        asked.append(asked[0] | dict(compare))
-    runs = tuple(Settings.of(config, **one) for one in asked)
-    if any(run.num_images != 1 for run in runs):
+        wanted.append(wanted[0] | dict(compare))
+    runs = tuple(asked(config, keywords.pop("prompt"), keywords) for keywords in wanted)
+    if any(run.num_images != 1 for run, _ in runs):
         raise ValueError("a page shows one picture: explain each on its own")
-    if len(runs) == 2 and runs[0] == runs[1]:
+    if len(runs) == 2 and runs[0][0] == runs[1][0]:
         raise ValueError("the second run would be the first again: change something in it")
     return runs
 
 
 def explain_runs(
     pipe: TextToImage,
-    runs: Sequence[Settings],
+    runs: Sequence[Asked],
     path: Path,
     *,
     max_bytes: int | None = None,
@@ -89,8 +93,8 @@ def explain_runs(
     """Draw one run or two, and write their page; other arguments as in `explain`."""
     from tqdm import tqdm
 
-    work = sum(work_of(len(run.grid(pipe.schedule))) for run in runs)
+    work = sum(work_of(len(inputs.walk(run, pipe.schedule).grid)) for run, inputs in runs)
     with tqdm(total=work, unit="step", disable=not progress) as bar:
-        films = [film(pipe, run, on_work=bar.update) for run in runs]
+        films = [film(pipe, run, inputs, on_work=bar.update) for run, inputs in runs]
     page = player_html(films, pipe.schedule.alpha_bar.tolist(), max_bytes=max_bytes)
     write_text(path, page)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
+from ldm.inputs import Inputs
 from ldm.observe.traces import Trace, trace_run
 from ldm.settings import Settings
 from ldm.viz.runs import spaced
@@ -38,12 +39,16 @@ class Film:
 
 
 def film(
-    pipe: TextToImage, settings: Settings, *, on_work: Callable[[], object] | None = None
+    pipe: TextToImage,
+    settings: Settings,
+    inputs: Inputs = Inputs(),
+    *,
+    on_work: Callable[[], object] | None = None,
 ) -> Film:
     """Trace a run of one picture, and decode what it is shown by.
 
     Args:
-        pipe, settings: as for `trace_run`.
+        pipe, settings, inputs: as for `trace_run`.
         on_work: called after every step and every decoded picture, `work_of` times in all.
     """
 
@@ -53,7 +58,7 @@ def film(
 
     hook = pipe.unet.register_forward_hook(done)
     try:
-        run = trace_run(pipe, settings)
+        run = trace_run(pipe, settings, inputs)
     finally:
         hook.remove()
     frames = shown_frames(len(run))

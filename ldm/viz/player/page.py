@@ -118,7 +118,9 @@ def page_of(films: Sequence[Film], alpha_bar: Sequence[float], fineness: Finenes
             for one, alt in zip(films, picture_words(films), strict=True)
         ),
         "alignment": html.escape(" ".join(filter(None, (alignment_words(films), left_out(films))))),
-        "calls": "\n".join(html.escape(python_call(one.run.settings)) for one in films),
+        "calls": "\n".join(
+            html.escape(python_call(one.run.settings, one.run.inputs)) for one in films
+        ),
     }
     template = (assets / "page.html").read_text(encoding="utf-8")
     # In one pass: what a prompt says is never taken for a place of the template.

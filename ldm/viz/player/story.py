@@ -56,14 +56,14 @@ def numbers(run: Trace, step: int) -> Numbers:
 def sentence(run: Trace, step: int) -> str:
     """What happens at a step, in plain words and true of its numbers."""
     told = numbers(run, step)
-    return " ".join(
-        [
-            f"Step {step + 1} of {len(run)}: {noise_words(told.noise)}.",
-            moved_words(told.moved),
-            guidance_words(run, told.prompt_change),
-            ending_words(run, step),
-        ]
-    ).strip()
+    sentences = [
+        f"Step {step + 1} of {len(run)}: {noise_words(told.noise)}.",
+        beginning_words(run, step),
+        moved_words(told.moved),
+        guidance_words(run, told.prompt_change),
+        ending_words(run, step),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def noise_words(noise: float) -> str:
@@ -76,6 +76,13 @@ def noise_words(noise: float) -> str:
     if noise > 0.1:
         return f"more picture than noise ({shares})"
     return f"nearly clean ({shares})"
+
+
+def beginning_words(run: Trace, step: int) -> str:
+    """What the first step begins with, where that is not noise alone."""
+    if step > 0 or run.settings.strength is None:
+        return ""
+    return "The run starts here: from a picture, noised."
 
 
 def moved_words(moved: float | None) -> str:
