@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.download import require_tokenizer
+from ldm.checkpoints.download import chosen_tokenizer
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
@@ -77,13 +77,14 @@ class TextToImage:
     def from_plans(
         cls,
         plans: Mapping[str, Plan],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         device: torch.device,
         dtype: torch.dtype,
         check: bool = True,
     ) -> Self:
-        """Read the weights that a plan per stage has found; the tokenizer is the text encoder's.
+        """Read the weights that a plan per stage has found; the tokenizer is the text encoder's,
+        which without one encodes token ids only.
 
         Raises:
             CheckpointError: the stages do not belong together, or a number is not finite.
@@ -359,6 +360,7 @@ def load(
     ema: Ema = "auto",
     vae: str | Path | None = None,
     text: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | Literal[False] | None = None,
     prediction: str | None = None,
     check: bool = True,
 ) -> TextToImage:
@@ -374,6 +376,9 @@ def load(
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
         vae, text: other files or folders, from which these stages come.
+        tokenizer: one, or a folder with a vocabulary's files; None looks for it where the text
+            encoder's weights are and may fetch it, False does without: `pipe.text.encode` takes
+            token ids, and prompts are an error.
         prediction: what the UNet predicts, where that is not what the file says, or says by
             nothing: "eps", the noise. "v" is refused: ldm cannot draw by it yet.
         check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
@@ -388,5 +393,5 @@ def load(
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     sources = open_model(shipped_weights() if path is None else path, config, vae=vae, text=text)
     plans = plan_stages(sources, ema, prediction)
-    tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
-    return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)
+    known = chosen_tokenizer(tokenizer, plans["text"].path, plans["text"].config.text)
+    return TextToImage.from_plans(plans, known, device=device, dtype=dtype, check=check)

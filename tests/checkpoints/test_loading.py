@@ -343,7 +343,7 @@ def test_a_file_that_does_not_fit_is_told_before_a_tokenizer_is_fetched(
     def fetch(*_) -> None:
         raise AssertionError("nothing is to be fetched for a file that cannot be loaded")
 
-    monkeypatch.setattr("ldm.pipeline.require_tokenizer", fetch)
+    monkeypatch.setattr("ldm.checkpoints.download.require_tokenizer", fetch)
     tensors = tiny_tensors()
     del tensors[UNET_KEY]
     path = write_weights(tmp_path / "file", tensors, config=tiny_config())
