@@ -26,13 +26,13 @@ from ldm.vae import AutoencoderKL
 def text_embeddings(text: CLIPTextEncoder, *, ids: Sequence[Sequence[int]]) -> Tensor:
     """The sum of what tokens and their places begin as. ids: (B, L) -> (1,)."""
     rows = torch.tensor(ids, device=text.device)  # (B, L)
-    transformer: Any = text.transformer
-    return total(transformer.embeddings(input_ids=rows))
+    return total(text.transformer.embeddings(input_ids=rows))
 
 
 def text_mlp(text: CLIPTextEncoder) -> Tensor:
     """The sum of two tokens of ones after the MLP of the first layer, (1,): which GELU it has."""
-    return total(text.transformer.encoder.layers[0].mlp(ones(text)))
+    first: Any = text.transformer.encoder.layers[0]
+    return total(first.mlp(ones(text)))
 
 
 def text_norm(text: CLIPTextEncoder) -> Tensor:
@@ -140,7 +140,7 @@ def picture_latents(
 
     shape = (1, unet.config.in_channels, side, side)
     noise = np.random.RandomState(seed).standard_normal(shape)
-    x = torch.from_numpy(noise).to(contexts)
+    x = torch.from_numpy(noise).float().to(contexts)
     eps_fn = guide(unet, contexts[1:], contexts[:1], guidance_scale)
     grid = PRESETS["diffusers"].grid(sampler, steps, schedule, None)
     rule = SAMPLERS[sampler].rule
