@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from torch import Tensor
 from transformers.models.clip import modeling_clip
 
 from ldm import attention, layers, presets, schedule, unet, vae
+from ldm.checkpoints.opening import open_archive
+from ldm.checkpoints.planning import plan
 from ldm.checkpoints.recognise import Weights, recognise
 from ldm.config import SD_V1
+from ldm.evaluate import verify as verifying
 from ldm.evaluate import verify_stages
-from ldm.evaluate.verify import verify
 from ldm.evaluate.verify_published import Published, published
 from ldm.samplers import SAMPLERS
 from ldm.text import CLIPTextEncoder
@@ -190,7 +192,7 @@ def another_scaling_factor(patch: Patch) -> None:
         wrong = dataclasses.replace(found.config.vae, scaling_factor=0.13025)
         return dataclasses.replace(found, config=dataclasses.replace(found.config, vae=wrong))
 
-    patch.setattr("ldm.evaluate.verify.recognise", understood)
+    patch.setattr(verifying, "recognise", understood)
 
 
 MISTAKES = (
@@ -230,7 +232,7 @@ MISTAKES = (
 def table(path: Path, numbers: tuple[Published, ...]) -> Iterator[str]:
     """The lines of a Markdown table, one by one as they are measured."""
     yield (
-        "| mistake | published row | moves it by, of its std | which is | allowed | seen? |\n"
+        "| mistake | row | moved by, of the row's std | of the published row's | allowed | shown? |\n"
         "| --- | --- | --- | --- | --- | --- |"
     )
     right = measured(path, numbers)
@@ -256,14 +258,17 @@ def kind(number: Published) -> str:
 
 
 def spread(numbers: Tensor) -> Tensor:
-    """The standard deviation of several numbers; of a sum, which is one, its size."""
-    return numbers.std() if len(numbers) > 1 else numbers.abs()[0]
+    """The standard deviation of several numbers; 1 for a sum, which has none."""
+    return numbers.std() if len(numbers) > 1 else torch.tensor(1.0)
 
 
-def measured(path: Path, numbers: tuple[Published, ...]) -> dict[str, tuple[float, ...]]:
-    """What `ldm verify` measures, by the names of the rows."""
-    draws = any(number.stage == PICTURE for number in numbers)
-    return {row.name: row.measured for row in verify(path, picture=draws, numbers=numbers).rows}
+def measured(path: Path, numbers: tuple[Published, ...]) -> Mapping[str, tuple[float, ...]]:
+    """What `ldm verify` measures, by the names of the rows; only the stages that these need."""
+    weights = verifying.recognise(open_archive(path))
+    stages = {number.stage for number in numbers}
+    needed = [stage for stage in verifying.ORDER if stages & {stage, PICTURE}]
+    plans = {stage: plan(weights, stage) for stage in needed}
+    return verifying.measure(plans, numbers, weights, torch.device("cpu"))[0]
 
 
 def main() -> None:
