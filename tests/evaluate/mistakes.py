@@ -232,7 +232,7 @@ MISTAKES = (
 def table(path: Path, numbers: tuple[Published, ...]) -> Iterator[str]:
     """The lines of a Markdown table, one by one as they are measured."""
     yield (
-        "| mistake | row | moved by, of the row's std | of the published row's | allowed | shown? |\n"
+        "| mistake | row | of its std | of the published | allowed | shown? |\n"
         "| --- | --- | --- | --- | --- | --- |"
     )
     right = measured(path, numbers)
