@@ -84,6 +84,11 @@ class Verification:
         line = f"{agree} of {len(compared)} published rows agree"
         if without := [row.stage for row in self.rows if row.verdict == NOT_PUBLISHED]:
             line += f"; no number was published for {' and '.join(without)}: that is not proved"
+        if self.version is None and any(row.stage == "unet" for row in compared):
+            line += (
+                "; the UNet agrees with none of them: it is of another version (--as says which), "
+                "was trained further, or is computed wrongly"
+            )
         if wrong := [fact.name for fact in self.facts if fact.wrong]:
             line += f"; not as it must be: {', '.join(wrong)}"
         return line

@@ -229,12 +229,16 @@ MISTAKES = (
 # --- How far they move the numbers -----------------------------------------------------------
 
 
+COLUMNS = (
+    *("mistake", "row", "moved by, of the row's std", "of the published row's"),
+    *("allowed", "shown?"),
+)
+
+
 def table(path: Path, numbers: tuple[Published, ...]) -> Iterator[str]:
     """The lines of a Markdown table, one by one as they are measured."""
-    yield (
-        "| mistake | row | of its std | of the published | allowed | shown? |\n"
-        "| --- | --- | --- | --- | --- | --- |"
-    )
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|{' --- |' * len(COLUMNS)}"
     right = measured(path, numbers)
     for mistake in MISTAKES:
         wanted = tuple(one for one in numbers if kind(one) in mistake.rows)

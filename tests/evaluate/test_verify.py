@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,15 @@ from ldm.checkpoints.loading import load_stages
 from ldm.checkpoints.tokenizer_files import read_tokenizer
 from ldm.config import SD_V1
 from ldm.errors import FamilyError
-from ldm.evaluate.verify import picture_part, verify
+from ldm.evaluate.verify import compared, full_float32, picture_part, verify
 from ldm.evaluate.verify_file import PROMPT, WORDS
-from ldm.evaluate.verify_published import Published, published, version_by_hash, versions
+from ldm.evaluate.verify_published import (
+    Published,
+    published,
+    read_json,
+    version_by_hash,
+    versions,
+)
 from ldm.evaluate.verify_stages import MEASURES
 from ldm.evaluate.verify_tables import Row, Verification
 from tests.evaluate.mistakes import MISTAKES, PICTURE, Mistake
@@ -35,6 +41,7 @@ from tests.helpers import (
     with_ema,
     write_weights,
 )
+from tests.places import ROOT
 
 OURS = "of the test"
 RUN = {"words": [5, 300], "sampler": "ddim", "steps": 3, "guidance_scale": 2.0, "seed": 0}
@@ -104,6 +111,7 @@ def test_other_weights_differ_in_every_row(tmp_path: Path, numbers: tuple[Publis
     found = verify(other, picture=True, numbers=numbers)
     assert differing(found) == ASKED.keys()
     assert not found.proved and found.version is None
+    assert "the UNet agrees with none of them" in found.summary
 
 
 @text_in_fp64
@@ -181,9 +189,7 @@ def test_nan_is_told_and_nothing_is_measured_with_it(tmp_path: Path) -> None:
     assert fact.name == "numbers of unet" and f"{key} holds NaN" in fact.told
 
 
-def test_a_half_precision_nan_in_the_output_differs() -> None:
-    from ldm.evaluate.verify import compared
-
+def test_nan_and_a_missing_number_are_no_agreement() -> None:
     number = Published("x", "unet", "unet_row", (OURS,), OURS, "", "", 1e9, (0.0, 0.0))
     assert compared(number, (0.0, float("nan"))).verdict == "DIFFERS"
     assert compared(number, (0.0,)).verdict == "DIFFERS"
@@ -240,13 +246,7 @@ def test_the_known_files_are_of_the_version_in_their_name() -> None:
     for file in known_files():
         assert version_by_hash(file.sha256) == file.model[3:7]
     assert version_by_hash("0" * 64) is None
-    assert set(map(version_by_hash, _hashes())) == {"v1-1", "v1-2", "v1-3"}
-
-
-def _hashes() -> Iterator[str]:
-    from ldm.evaluate.verify_published import read_json
-
-    yield from read_json()["sha256"]
+    assert set(map(version_by_hash, read_json()["sha256"])) == {"v1-1", "v1-2", "v1-3"}
 
 
 def test_the_prompts_ids_are_clips(clip_folder: Path) -> None:
@@ -260,3 +260,18 @@ def test_published_inputs_fit_stable_diffusion() -> None:
     for number in published():
         ids = torch.tensor(number.inputs.get("ids", [[0]]))
         assert ids.max() < SD_V1.text.vocab_size
+
+
+def test_float32_is_float32_while_it_is_measured_and_what_it_was_afterwards() -> None:
+    kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    with pytest.raises(RuntimeError), full_float32():
+        assert not any(kind.allow_tf32 for kind in kinds)
+        raise RuntimeError
+    assert [kind.allow_tf32 for kind in kinds] == before
+
+
+def test_the_table_of_mistakes_has_a_line_for_each_and_its_row() -> None:
+    text = (ROOT / "docs" / "measured" / "mistakes.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[2:]]
+    assert list(dict.fromkeys(lines)) == [mistake.name for mistake in MISTAKES]
