@@ -24,7 +24,7 @@ from ldm.checkpoints.recognise import Weights, recognise
 from ldm.checkpoints.spellings import stages_in
 from ldm.config import SD_V1, ModelConfig
 from ldm.device import check_device
-from ldm.errors import FamilyError, NonFiniteError, printable
+from ldm.errors import DivergedError, FamilyError, NonFiniteError, printable
 from ldm.evaluate.verify_file import file_facts, hashes_of
 from ldm.evaluate.verify_published import Published, published, version_by_hash
 from ldm.evaluate.verify_stages import MEASURES, picture_contexts, picture_corner, picture_latents
@@ -132,32 +132,37 @@ def measure(
     plans: Mapping[str, Plan], wanted: Sequence[Published], weights: Weights, device: torch.device
 ) -> tuple[Found, tuple[Fact, ...]]:
     """All numbers that are wanted, stage by stage; and for each stage whether its weights are
-    finite, without which nothing of it is measured."""
+    finite, without which nothing is measured of it, nor of a picture."""
     found: dict[str, tuple[float, ...]] = {}
+    pictures = {number.name: number for number in wanted if number.stage == PICTURE}
+    made: dict[str, Tensor] = {}  # of each picture, by the stages so far
     facts = []
-    halves: dict[str, Tensor] = {}  # of pictures: the contexts, and then the latents
     for stage, one in plans.items():
         try:
             model = fill(one, device, torch.float32)
         except NonFiniteError as error:
             facts.append(Fact(f"numbers of {stage}", str(error), wrong=True))
+            pictures.clear()
             continue
         facts.append(Fact(f"numbers of {stage}", "all finite"))
         with full_float32():
             for number in wanted:
                 if number.stage == stage:
-                    result = MEASURES[number.measure](model, **number.inputs)
-                elif number.stage == PICTURE and (stage == "text" or number.name in halves):
-                    result = halves[number.name] = picture_part(
-                        stage, model, halves.get(number.name), number, weights.config
-                    )
-                    if stage != "vae":
-                        continue
-                else:
-                    continue
-                found[number.name] = tuple(result.double().cpu().tolist())
+                    found[number.name] = listed(MEASURES[number.measure](model, **number.inputs))
+            for name, number in list(pictures.items()):
+                try:
+                    before = made.get(name)
+                    made[name] = picture_part(stage, model, before, number, weights.config)
+                except DivergedError as error:
+                    facts.append(Fact(name, str(error), wrong=True))
+                    del pictures[name]
         del model  # before the next is read
-    return found, tuple(facts)
+    return found | {name: listed(made[name]) for name in pictures}, tuple(facts)
+
+
+def listed(numbers: Tensor) -> tuple[float, ...]:
+    """(N,) on any device -> N numbers of Python."""
+    return tuple(numbers.double().cpu().tolist())
 
 
 def picture_part(

@@ -182,9 +182,11 @@ def test_nan_is_told_and_nothing_is_measured_with_it(tmp_path: Path) -> None:
     tensors[key] = torch.full_like(tensors[key], torch.nan)
     file = write_weights(tmp_path / "nan.safetensors", tensors, config=tiny_config())
     asked = Published("unet", "unet", "unet_corner", (OURS,), OURS, "", "", 1.0, (0.0,) * 36)
-    found = verify(file, numbers=[asked])
-    (row,) = rows_of(found, "unet")
-    assert row.verdict == "NOT MEASURED" and not found.proved
+    drawn = Published(PICTURE, PICTURE, PICTURE, (OURS,), OURS, "", "", 1.0, (0.0,) * 9, RUN)
+    found = verify(file, picture=True, numbers=[asked, drawn])
+    for stage in ("unet", PICTURE):
+        (row,) = rows_of(found, stage)
+        assert row.verdict == "NOT MEASURED" and not found.proved
     (fact,) = (fact for fact in found.facts if fact.wrong)
     assert fact.name == "numbers of unet" and f"{key} holds NaN" in fact.told
 
