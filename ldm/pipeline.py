@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.download import require_tokenizer
+from ldm.checkpoints.download import chosen_tokenizer
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
@@ -80,13 +80,14 @@ class TextToImage:
     def from_plans(
         cls,
         plans: Mapping[str, Plan],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         device: torch.device,
         dtype: torch.dtype,
         check: bool = True,
     ) -> Self:
-        """Read the weights that a plan per stage has found; the tokenizer is the text encoder's.
+        """Read the weights that a plan per stage has found; the tokenizer is the text encoder's,
+        which without one encodes token ids only.
 
         Raises:
             CheckpointError: the stages do not belong together, or a number is not finite.
@@ -424,6 +425,7 @@ def load(
     ema: Ema = "auto",
     vae: str | Path | None = None,
     text: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | Literal[False] | None = None,
     prediction: str | None = None,
     check: bool = True,
 ) -> TextToImage:
@@ -439,6 +441,9 @@ def load(
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
         vae, text: other files or folders, from which these stages come.
+        tokenizer: one, or a folder with a vocabulary's files; None looks for it where the text
+            encoder's weights are and may fetch it, False does without: `pipe.text.encode` takes
+            token ids, and prompts are an error.
         prediction: what the UNet predicts, where that is not what the file says, or says by
             nothing: "eps", the noise, "v", the velocity, "x0" or "flow" (`ldm.schedule.pair_from`).
         check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
@@ -454,5 +459,5 @@ def load(
     path = shipped_weights() if path is None else path
     sources = open_model(path, config, vae=vae, text=text, prediction=prediction)
     plans = plan_stages(sources, ema)
-    tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
-    return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)
+    known = chosen_tokenizer(tokenizer, plans["text"].path, plans["text"].config.text)
+    return TextToImage.from_plans(plans, known, device=device, dtype=dtype, check=check)

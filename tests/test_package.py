@@ -90,7 +90,8 @@ def test_the_wheel_holds_the_shipped_weights_and_the_type_marker(wheel: Path) ->
     assert {f"ldm/weights/horizon/{path.name}" for path in shipped.iterdir()} <= names
     assert weights == (shipped / "model.safetensors").read_bytes()
     player = {f"ldm/viz/player/{name}" for name in ("page.html", "page.css", "script/start.js")}
-    assert {"ldm/py.typed", "ldm/checkpoints/known_files.json", *player} <= names
+    tables = {"ldm/checkpoints/known_files.json", "ldm/evaluate/published.json"}
+    assert {"ldm/py.typed", *tables, *player} <= names
     assert not any(name.startswith(("tests/", "weights/")) for name in names)
 
 

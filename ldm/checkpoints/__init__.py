@@ -17,5 +17,5 @@ Nothing in a file is ever executed, and what is not asked for is not read. In th
 
 Others take `load_unet`, `load_vae`, `load_text_encoder`, `open_model`, `joint_config` and
 `plan_stages` of `loading`, `fill`, `save_model`, `inspect`, `convert`, `download`,
-`require_tokenizer`, `read_tokenizer` and `write_tokenizer`.
+`require_tokenizer`, `chosen_tokenizer`, `read_tokenizer` and `write_tokenizer`.
 """

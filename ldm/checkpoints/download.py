@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ldm.checkpoints.tokenizer_files import (
     CLIP_REPO,
@@ -26,7 +26,9 @@ from ldm.checkpoints.tokenizer_files import (
     read_tokenizer,
     tokenizer_beside,
 )
+from ldm.config import TextConfig
 from ldm.files import writing, written_whole
+from ldm.text import check_tokenizer
 from ldm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -128,6 +130,25 @@ def download(model: str, folder: str | Path = "weights") -> Path:
             fetch_small(file, path.with_name(file.file))
     find_tokenizer(path, CLIP_VOCAB_SIZE)  # a ValueError if it is not CLIP's
     return path
+
+
+def chosen_tokenizer(
+    chosen: Tokenizer | str | Path | Literal[False] | None, weights: str | Path, config: TextConfig
+) -> Tokenizer | None:
+    """The tokenizer of some weights: the one that was chosen, or of a folder that was; None has it
+    looked for, and fetched (`require_tokenizer`); and False is none at all.
+
+    Raises:
+        FileNotFoundError, ValueError: as `require_tokenizer`, or what was chosen is another
+            model's.
+    """
+    if chosen is False:
+        return None
+    if chosen is None:
+        return require_tokenizer(weights, config.vocab_size)
+    tokenizer = chosen if isinstance(chosen, Tokenizer) else read_tokenizer(chosen)
+    check_tokenizer(tokenizer, config)
+    return tokenizer
 
 
 def require_tokenizer(weights: str | Path, vocab_size: int) -> Tokenizer:

@@ -28,6 +28,7 @@ from ldm.cli import (
     options,
     show,
     train,
+    verify,
     words,
 )
 from ldm.errors import did_you_mean, printable
@@ -42,6 +43,7 @@ COMMANDS = (
     inspect,
     convert,
     download,
+    verify,
     train,
     evaluate,
 )  # as in the help
@@ -86,7 +88,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after
+    """Run the command; returns its exit code: 0, 1 where `verify` finds weights that
+    differ, 2 for bad input, 130 after Ctrl-C, 143 after
     SIGTERM, 141 where nobody reads any more."""
     try:
         try:

@@ -1,4 +1,4 @@
-"""A model held against the truth of the world that it has learnt.
+"""A model held against what is known: the truth of its world, or numbers that others published.
 
 - `prompts.py`: does it draw what the prompt says? `evaluate` has its pictures read back.
 - `distribution.py`: does it draw what its world holds, as often as its world holds it?
@@ -10,7 +10,11 @@
 - `samplers.py`: how few calls of the UNet make a good picture? `evaluate_samplers` asks every one.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
+- `verify.py`: are these the official weights, and does our code do with them what others' does?
+  `verify` holds a file against what others published for it.
+- `verify_published.py`, with `published.json`: their numbers, and who they are. `verify_stages.py`:
+  the inputs. `verify_file.py`: what only the file can tell. `verify_tables.py`: the results.
 
-Others take `evaluate`, `evaluate_distribution`, `evaluate_budget`, `evaluate_samplers` and
-`evaluate_attention`; each returns results with `as_dict` and `as_markdown`.
+Others take `evaluate`, `evaluate_distribution`, `evaluate_budget`, `evaluate_samplers`,
+`evaluate_attention` and `verify`; each returns results with `as_dict` and `as_markdown`.
 """

@@ -27,6 +27,7 @@ from ldm.errors import (
     KeysError,
     MissingPartsError,
 )
+from ldm.tokenizer import Tokenizer
 from tests.checkpoints.helpers import LOADERS, UNET_KEY, rewrite
 from tests.helpers import (
     CONTAINERS,
@@ -337,13 +338,36 @@ def test_a_whole_model_without_a_tokenizer_says_how_to_get_one(saved) -> None:
         ldm.load(saved[0])
 
 
+def test_a_tokenizer_is_taken_as_it_is_given_or_from_its_folder(saved, tmp_path) -> None:
+    given = tiny_tokenizer()
+    assert ldm.load(saved[0], device="cpu", tokenizer=given).text.tokenizer is given
+    write_tokenizer(given, tmp_path)
+    assert ldm.load(saved[0], device="cpu", tokenizer=tmp_path).text.tokenizer == given
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        ldm.load(saved[0], device="cpu", tokenizer=tmp_path / "nothing")
+
+
+def test_without_a_tokenizer_ids_are_encoded_and_prompts_are_an_error(saved) -> None:
+    pipe = ldm.load(saved[0], device="cpu", tokenizer=False)
+    assert pipe.text.encode(torch.tensor([[0, 1]])).shape == (1, 2, tiny_config().text.hidden_size)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        pipe("a red house", steps=1)
+
+
+def test_another_models_tokenizer_is_refused_before_weights_are_read(saved, monkeypatch) -> None:
+    monkeypatch.setattr("ldm.pipeline.fill", lambda *_: pytest.fail("weights were read"))
+    other = Tokenizer.train(["a red house"], 520)
+    with pytest.raises(ValueError, match="size, start and end ids"):
+        ldm.load(saved[0], device="cpu", tokenizer=other)
+
+
 def test_a_file_that_does_not_fit_is_told_before_a_tokenizer_is_fetched(
     tmp_path, monkeypatch
 ) -> None:
     def fetch(*_) -> None:
         raise AssertionError("nothing is to be fetched for a file that cannot be loaded")
 
-    monkeypatch.setattr("ldm.pipeline.require_tokenizer", fetch)
+    monkeypatch.setattr("ldm.checkpoints.download.require_tokenizer", fetch)
     tensors = tiny_tensors()
     del tensors[UNET_KEY]
     path = write_weights(tmp_path / "file", tensors, config=tiny_config())
