@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     for name in fixed.get(asked[0], ()) if asked else ():
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise ValueError(f"{asked[0]} has its own --{option}, or none: leave that out")
+            raise ValueError(f"leave out --{option}: {asked[0]} has its own, or none")
     results = measure(args)
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
     return 0
