@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.shipped import shipped_weights
     from ldm.config import HORIZON, SD_V1, ModelConfig
     from ldm.errors import CheckpointError
+    from ldm.inputs import Inputs
     from ldm.observe.hooks import edit, record
     from ldm.observe.traces import Trace, trace
     from ldm.pipeline import TextToImage, load
@@ -39,6 +40,7 @@ HOME = {
     "AutoencoderKL": "vae",
     "CLIPTextEncoder": "text",
     "CheckpointError": "errors",
+    "Inputs": "inputs",
     "Inspection": "checkpoints.inspection",
     "ModelConfig": "config",
     "NoiseSchedule": "schedule",
@@ -81,6 +83,7 @@ __all__ = [
     "AutoencoderKL",
     "CLIPTextEncoder",
     "CheckpointError",
+    "Inputs",
     "Inspection",
     "ModelConfig",
     "NoiseSchedule",

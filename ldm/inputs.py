@@ -64,6 +64,8 @@ class Keywords(TypedDict, total=False):
     paste_back: bool
     variation_seed: int | None
     variation_strength: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
     image: Pictures | None
     mask: Pictures | None
     latents: Tensor | None

@@ -30,7 +30,18 @@ from ldm.inputs import Inputs, Keywords, Pictures, asked, told
 from ldm.observe.nonfinite import decoded, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
-from ldm.samplers import EpsFn, Generators, Steps, draw_noise, guide, invert, rising, sample
+from ldm.samplers import (
+    EpsFn,
+    Generators,
+    Steps,
+    draw_noise,
+    guide,
+    invert,
+    on_interval,
+    rising,
+    sample,
+)
+from ldm.samplers.guidance import Scale
 from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
 from ldm.speed.cpu import optimize, rest
@@ -204,6 +215,10 @@ class TextToImage:
                 of the prompt's and the negative prompt's; the prompt is then but a name.
             variation_seed, variation_strength: go from the seed's starting noise some of the way, 0
                 to 1, towards another's: image i towards that of `variation_seed + i`.
+            guidance_rescale: from 0 to 1, how far guided predictions get back the contrast that the
+                prompt's own have; 0.7 is usual where a schedule ends in pure noise.
+            guidance_interval: (low, high), the timesteps from and to which there is guidance; the
+                other steps cost half. None is everywhere.
             callback: callback(step, count) is told of every step, of so many; if it returns False
                 the run ends there, and `pipe(...)` draws the clean estimate of that step.
 
@@ -328,11 +343,15 @@ class TextToImage:
         # Matrix products round differently with the size of the batch, and a sampler can amplify
         # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
+        scale: Scale = settings.guidance_scale
+        if settings.guidance_interval is not None:
+            scale = on_interval(settings.guidance_scale, *settings.guidance_interval)
         guided = guide(
             self.unet,
             context.to(self.device, self.dtype).expand(count, -1, -1),
             uncond_context.to(self.device, self.dtype).expand(count, -1, -1),
-            settings.guidance_scale,
+            scale,
+            rescale=settings.guidance_rescale,
             images_per_call=images_per_call,
         )
         return told_when_slow(guided) if self.device.type == "cpu" else guided

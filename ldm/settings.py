@@ -59,6 +59,10 @@ class Settings:
             decoder's.
         variation_seed, variation_strength: a second seed, and how far the starting noise goes
             towards its own, from 0 to 1 (`ldm.samplers.slerp`).
+        guidance_rescale: from 0 to 1, how far guided predictions get back the contrast that the
+            prompt's own have (`ldm.samplers.guide`).
+        guidance_interval: the timesteps, low and high, from and to which there is guidance; None is
+            everywhere.
     """
 
     prompts: tuple[str, ...]
@@ -77,6 +81,8 @@ class Settings:
     paste_back: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
 
     @classmethod
     def of(
@@ -100,6 +106,8 @@ class Settings:
         paste_back: bool = False,
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Self:
         """The settings of `num_images` pictures of each prompt, by a model of this config; None is
         the model's own default, or that of a sampler which was made for another (lcm: 4 steps,
@@ -133,6 +141,8 @@ class Settings:
             if variation_seed is None
             else whole("variation_seed", variation_seed),
             variation_strength=number("variation_strength", variation_strength),
+            guidance_rescale=number("guidance_rescale", guidance_rescale),
+            guidance_interval=None if guidance_interval is None else two(guidance_interval),
         )
         settings.check(config)
         return settings
@@ -149,6 +159,17 @@ class Settings:
             raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise ValueError(
+                f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}"
+            )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low <= high <= total - 1:
+                raise ValueError(
+                    f"guidance_interval must be two timesteps, the lower first, between 0 and "
+                    f"{total - 1}, not {low:g} and {high:g}"
+                )
         check_sampler(self.sampler)
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
@@ -240,7 +261,10 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them; `Settings.from_dict` turns them back."""
-        return dataclasses.asdict(self) | {"prompts": list(self.prompts)}
+        fields = dataclasses.asdict(self)
+        return {
+            k: list(value) if isinstance(value, tuple) else value for k, value in fields.items()
+        }
 
     @classmethod
     def from_dict(cls, fields: object) -> Self:
@@ -256,7 +280,10 @@ class Settings:
         for name, value in fields.items():
             if not IS_A[kinds[name]](value):
                 raise ValueError(f"{name} is {value!r:.80}")
-        return cls(**{**fields, "prompts": tuple(fields["prompts"])})
+        read: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
+        return cls(**read)
 
 
 # What each type of a field may be in JSON, where a whole number can stand for any other.
@@ -269,6 +296,10 @@ IS_A: dict[str, Callable[[Any], bool]] = {
     "int | None": lambda value: value is None or IS_A["int"](value),
     "float": lambda value: type(value) is float or IS_A["int"](value),
     "float | None": lambda value: value is None or IS_A["float"](value),
+    "tuple[float, float] | None": lambda value: (
+        value is None
+        or (isinstance(value, list) and len(value) == 2 and all(map(IS_A["float"], value)))
+    ),
 }
 
 
@@ -346,3 +377,11 @@ def number(name: str, value: float) -> float:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
         raise ValueError(f"{name} must be a number that a float can hold") from None
+
+
+def two(interval: object) -> tuple[float, float]:
+    """The two numbers of a guidance interval, as Python's own."""
+    if not isinstance(interval, Sequence) or isinstance(interval, str) or len(interval) != 2:
+        raise ValueError(f"guidance_interval must be two timesteps, not {interval!r:.80}")
+    low, high = (number("guidance_interval", one) for one in interval)
+    return low, high

@@ -128,6 +128,25 @@ def test_guidance_joins_two_predictions(pipe: TextToImage) -> None:
     assert relative_error(alone.eps, step.eps_cond) <= 1e-5  # another batch size, as above
 
 
+def test_guidance_on_an_interval_asks_with_the_prompt_alone_outside_of_it(
+    pipe: TextToImage,
+) -> None:
+    run = {"steps": 10, "guidance_scale": 3.0, "seed": 2}
+    steps = list(pipe.denoise("a red house", guidance_interval=(300, 701), **run))
+    guided = [step.t for step in steps if step.eps_uncond is not None]
+    assert guided == [701, 601, 501, 401, 301]
+    whole = pipe.denoise("a red house", guidance_interval=(0, 999), **run)
+    assert torch.equal(final_latents(whole), final_latents(pipe.denoise("a red house", **run)))
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_prompts_own_prediction(
+    pipe: TextToImage,
+) -> None:
+    step = next(pipe.denoise("a red house", steps=2, guidance_scale=9.0, guidance_rescale=1.0))
+    assert step.eps_cond is not None
+    torch.testing.assert_close(step.eps.std(), step.eps_cond.std())
+
+
 def test_nothing_that_was_yielded_changes_later_and_decoding_changes_no_latent(
     pipe: TextToImage,
 ) -> None:
@@ -163,6 +182,8 @@ BAD = {
     "width": [3],
     "eta": [-0.1, 1.5, float("nan")],
     "guidance_scale": [float("nan"), float("inf"), "7", [7.5], 10**400],
+    "guidance_rescale": [-0.1, 1.5, float("nan"), "0.7"],
+    "guidance_interval": [5, (5,), (9, 5), (-1, 5), (0, 1000), ("0", "5"), (0, float("nan"))],
     "seed": [-1, 2**63, None, 1.5],
     "num_images": [0, 1.5],
     "prompt": ["", "   ", [], ["a", ""], None, [1]],

@@ -51,7 +51,7 @@ def held(**changes: object) -> dict[str, object]:
 
 def test_a_recipe_older_than_inputs_is_read() -> None:
     fields = RECIPE.as_dict()
-    for name in ("strength", "fit", "paste_back", "variation_seed", "variation_strength"):
+    for name in [one.name for one in dataclasses.fields(Settings)][11:]:
         del fields["settings"][name]
     del fields["inputs"]
     assert Recipe.from_dict(fields) == RECIPE
@@ -114,6 +114,8 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
         (lambda f: f.update(captions=1), "captions is 1"),
         (lambda f: f["settings"].update(strength="all"), "strength is 'all'"),
         (lambda f: f["settings"].update(paste_back=1), "paste_back is 1"),
+        (lambda f: f["settings"].update(guidance_interval=[1]), r"guidance_interval is \[1\]"),
+        (lambda f: f["settings"].update(guidance_interval=[1, "a"]), "guidance_interval is"),
         (lambda f: f.update(inputs=[]), "inputs are of image, mask"),
         (lambda f: f.update(inputs={"picture": None}), "inputs are of image, mask"),
         (lambda f: f.update(inputs={"image": {"shape": [2]}}), "image has a shape and a sha256"),

@@ -45,7 +45,7 @@ MODELS_OWN = "default: the model's own"
 RUN = (
     *("steps", "sampler", "spacing", "guidance_scale", "negative_prompt"),
     *("eta", "height", "width", "strength", "fit", "paste_back"),
-    *("variation_seed", "variation_strength"),
+    *("variation_seed", "variation_strength", "guidance_rescale", "guidance_interval"),
 )
 """The settings of a run that options ask for by their own names, but for the seed."""
 PICTURES = ("image", "mask")
@@ -81,6 +81,20 @@ def add_run_options(parser: argparse.ArgumentParser, *, seed_help: str) -> None:
         "--spacing",
         metavar="NAME",
         help=f"which noise levels to visit: {', '.join(SPACINGS)} (default: the sampler's own)",
+    )
+    p.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the timesteps from and to which there is guidance (default: all)",
+    )
+    p.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="how far to undo guidance's contrast, 0 to 1 (%(default)s)",
     )
     p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
     p.add_argument(

@@ -71,7 +71,8 @@ class Trace:
         alpha_bar: at each t, S numbers.
         x: the noisy latents before each step, (S, C, h, w), as are the next four.
         eps: the noise predicted in x; x0: the clean estimate that it implies.
-        eps_cond, eps_uncond: with and without the prompt; None at a guidance scale of 1.
+        eps_cond, eps_uncond: with and without the prompt; None at a guidance scale of 1, and where
+            some steps were without guidance.
         latents: after the last step, (1, C, h, w).
         maps: cross-attention weights with the prompt, {layer: (S, rows, columns, L)} float16, the
             mean over heads: at each place they sum to 1 over the L tokens.
@@ -389,7 +390,7 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
         t=t,
         t_prev=t_prev,
         alpha_bar=alpha_bar,
-        **{name: torch.cat(values) for name, values in tensors.items() if values},
+        **{name: torch.cat(values) for name, values in tensors.items() if len(values) == len(t)},
         latents=latents,
         maps={
             name: torch.stack(calls).unflatten(1, map_size(len(calls[0]), latent_size))

@@ -87,10 +87,11 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     without detail. Where both point the same way, or opposite ways, there is no arc: there it is
     the straight line.
     """
-    flat, other = start.flatten(1).double(), end.flatten(1).double()  # (B, N)
+    dtype = torch.promote_types(start.dtype, torch.float32)
+    flat, other = start.flatten(1).to(dtype), end.flatten(1).to(dtype)  # (B, N)
     cosine = torch.nn.functional.cosine_similarity(flat, other)[:, None].clamp(-1, 1)  # (B, 1)
     angle = cosine.acos()
-    is_arc = angle.sin().abs() > 1e-6
+    is_arc = angle.sin().abs() > 1e-3
     a, b = ((part * angle).sin() / angle.sin() for part in (1 - share, share))
     a, b = a.where(is_arc, 1 - share), b.where(is_arc, share)
     return (a * flat + b * other).view_as(start).to(start.dtype)

@@ -184,3 +184,13 @@ def test_explain_shows_a_run_from_a_picture(model: Path, monkeypatch, tmp_path: 
     assert "from a picture at strength 0.5" in page
     assert "The run starts here: from a picture, noised." in page
     assert "strength=0.5, image=...)" in page
+
+
+def test_like_repeats_guidance_on_an_interval_and_rescaled(generate) -> None:
+    more = ("--guidance-interval", "200", "800", "--guidance-rescale", "0.7")
+    assert generate(*RUN, *more) == 0
+    (recipe,) = read_recipes(Path("a.png"))
+    assert recipe.settings.guidance_interval == (200.0, 800.0)
+    assert recipe.settings.guidance_rescale == 0.7
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()

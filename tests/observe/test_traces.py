@@ -227,6 +227,15 @@ def test_a_trace_from_a_picture_starts_from_it_noised_and_says_so(
     assert Trace.load(tmp_path / "run.safetensors").inputs == run.inputs
 
 
+def test_a_trace_of_guidance_on_an_interval_keeps_no_halves(
+    pipe: TextToImage, tmp_path: Path
+) -> None:
+    run = trace(pipe, PROMPT, guidance_interval=(300, 400), **SETTINGS)
+    assert run.eps_cond is None and run.eps_uncond is None and len(run.eps) == 3
+    run.save(tmp_path / "run.safetensors")
+    assert Trace.load(tmp_path / "run.safetensors").settings == run.settings
+
+
 def test_a_trace_needs_the_words_that_were_looked_at(pipe: TextToImage) -> None:
     with pytest.raises(ValueError, match="pass the prompt, and no context"):
         trace(pipe, PROMPT, context=pipe.context(["a red house"]), **SETTINGS)

@@ -12,6 +12,7 @@ from ldm.viz.player.film import Film
 
 COMPARABLE = (
     *("prompt", "steps", "guidance_scale", "negative_prompt"),
+    *("guidance_rescale", "guidance_interval"),
     *("sampler", "spacing", "eta", "seed", "like", "strength"),
 )
 """What a second run may have different from the first: sizes must be the same."""
@@ -31,7 +32,10 @@ def facts(films: Sequence[Film]) -> list[str]:
     """The settings of a run, or those that two share, for the line below the prompt."""
     s = films[0].run.settings
     names = ["steps", "sampler", "guidance_scale", "seed"]
-    others = ("spacing", "eta", "negative_prompt", "like", "strength", "variation_strength")
+    others = (
+        *("spacing", "eta", "negative_prompt", "like", "strength", "variation_strength"),
+        *("guidance_rescale", "guidance_interval"),
+    )
     names += [name for name in others if getattr(s, name)]
     shared = [name for name in names if len({getattr(o.run.settings, name) for o in films}) == 1]
     said = [setting_words(name, getattr(s, name)) for name in shared]
@@ -76,6 +80,8 @@ def setting_words(name: str, value: Any) -> str:
         return f"negative prompt “{value}”" if value else "no negative prompt"
     if name == "like":
         return f"as {value} draws" if value else "as ldm draws"
+    if name == "guidance_interval":
+        return f"guidance from t = {value[0]:g} to {value[1]:g}" if value else "guidance everywhere"
     if name == "strength":
         return f"from a picture at strength {value:g}"
     return f"{name.replace('_', ' ')} {value:g}" if name != "seed" else f"seed {value}"

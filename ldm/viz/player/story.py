@@ -60,7 +60,7 @@ def sentence(run: Trace, step: int) -> str:
         f"Step {step + 1} of {len(run)}: {noise_words(told.noise)}.",
         beginning_words(run, step),
         moved_words(told.moved),
-        guidance_words(run, told.prompt_change),
+        guidance_words(run, step, told.prompt_change),
         ending_words(run, step),
     ]
     return " ".join(filter(None, sentences))
@@ -99,8 +99,14 @@ def moved_words(moved: float | None) -> str:
     return f"{changed}: hardly at all."
 
 
-def guidance_words(run: Trace, prompt_change: float | None) -> str:
+def guidance_words(run: Trace, step: int, prompt_change: float | None) -> str:
     """How strong the guidance is."""
+    interval = run.settings.guidance_interval
+    if prompt_change is None and interval is not None and run.settings.guidance_scale != 1.0:
+        low, high = interval
+        if low <= run.t[step] <= high:
+            return "There is guidance."
+        return f"There is no guidance here, but from t = {low:g} to {high:g} alone."
     if prompt_change is None:
         return "There is no guidance: the model is asked with the prompt alone."
     scale = run.settings.guidance_scale

@@ -21,6 +21,14 @@ def test_the_numbers_of_a_step_are_what_they_say() -> None:
     assert [(one.x, one.eps, one.x0) for one in told[:2]] == [(5.0, 1.0, 10.0), (2.0, 2.0, 4.0)]
 
 
+def test_guidance_on_an_interval_is_told_where_it_is_and_where_not() -> None:
+    run = dataclasses.replace(a_trace(), eps_cond=None, eps_uncond=None)
+    settings = dataclasses.replace(run.settings, guidance_interval=(run.t[1], run.t[0]))
+    run = dataclasses.replace(run, settings=settings)
+    assert "There is guidance." in story.sentence(run, 0)
+    assert "There is no guidance here, but from" in story.sentence(run, 2)
+
+
 def test_the_sentence_tells_the_numbers_of_its_step() -> None:
     run = a_trace()
     assert story.sentence(run, 0) == (
