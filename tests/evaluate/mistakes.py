@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,18 +229,23 @@ MISTAKES = (
 # --- How far they move the numbers -----------------------------------------------------------
 
 
+SIDE = 128
+"""Of the picture, in pixels: what a mistake of the chain moves shows in a small one as well."""
 COLUMNS = (
     *("mistake", "row", "moved by, of the row's std", "of the published row's"),
     *("allowed", "shown?"),
 )
 
 
-def table(path: Path, numbers: tuple[Published, ...]) -> Iterator[str]:
+def table(
+    path: Path, numbers: tuple[Published, ...], mistakes: Sequence[Mistake] = MISTAKES
+) -> Iterator[str]:
     """The lines of a Markdown table, one by one as they are measured."""
     yield f"| {' | '.join(COLUMNS)} |"
     yield f"|{' --- |' * len(COLUMNS)}"
-    right = measured(path, numbers)
-    for mistake in MISTAKES:
+    rows = {row for mistake in mistakes for row in mistake.rows}
+    right = measured(path, tuple(number for number in numbers if kind(number) in rows))
+    for mistake in mistakes:
         wanted = tuple(one for one in numbers if kind(one) in mistake.rows)
         with Patch.context() as patch:
             mistake.plant(patch)
@@ -269,6 +274,8 @@ def spread(numbers: Tensor) -> Tensor:
 def measured(path: Path, numbers: tuple[Published, ...]) -> Mapping[str, tuple[float, ...]]:
     """What `ldm verify` measures, by the names of the rows; only the stages that these need."""
     weights = verifying.recognise(open_archive(path))
+    config = dataclasses.replace(weights.config, image_size=SIDE)
+    weights = dataclasses.replace(weights, config=config)
     stages = {number.stage for number in numbers}
     needed = [stage for stage in verifying.ORDER if stages & {stage, PICTURE}]
     plans = {stage: plan(weights, stage) for stage in needed}
@@ -279,7 +286,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.evaluate.mistakes")
     parser.add_argument("--weights", type=Path, help="of that size (default: random ones are made)")
 
+    parser.add_argument("--only", default="", help="mistakes that begin so: 'the chain'")
     args = parser.parse_args()
+    mistakes = [mistake for mistake in MISTAKES if mistake.name.startswith(args.only)]
     kept = ("picture-ddim-v1-4", "unet-v1-1", "unet-v1-4")
     numbers = tuple(
         number for number in published() if number.stage in ("text", "vae") or number.name in kept
@@ -288,7 +297,7 @@ def main() -> None:
         path = args.weights or Path(folder) / "model.safetensors"
         if args.weights is None:
             random_checkpoint(path, SD_V1, seed=1)
-        for line in table(path, numbers):
+        for line in table(path, numbers, mistakes):
             print(line, flush=True)
 
 
