@@ -3,7 +3,7 @@
     with pretended_cuda() as gpu:
         pipe.to("cuda")
         with gpu.without_waiting():
-            next(run)           # a RuntimeError with file and line, if the program waits for the GPU
+            next(run)  # a RuntimeError with file and line, if the program waits for the GPU
 
 What a GPU would refuse is refused: operands on two devices. What would make the program wait for it
 is counted in `gpu.waits`: to look at a number, and to copy between the two memories, unless from
