@@ -36,7 +36,6 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     return_and_correct_aliasing,
 )
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device("cuda", 0)
 OURS = tuple(str(Path(__file__).parents[1] / room) + "/" for room in ("ldm", "tests"))
@@ -182,6 +181,13 @@ class Pretended(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Pretended({self.inner!r})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        new: Tensor = Pretended(self.inner.detach().clone(), self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            new = torch.nn.Parameter(new, self.requires_grad)
+        memo[id(self)] = new
+        return new
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
@@ -231,17 +237,20 @@ class Gpu(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute one operation, as seen from the GPU."""
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        there = [a for a in tensors if isinstance(a, Pretended)]
+        tensors = [a for a in leaves((args, kwargs)) if isinstance(a, Tensor)]
+        there = any(isinstance(a, Pretended) for a in tensors)
         to = kwargs.get("device")
-        on_gpu = bool(there) if to is None else torch.device(to).type == "cuda"
+        on_gpu = there if to is None else torch.device(to).type == "cuda"
         if func is aten._pin_memory.default:
             with _disable_current_modes():
                 pinned = args[0].clone()
             self.pinned.add(pinned.data_ptr())
             return pinned
+        if not there and not on_gpu:
+            with _disable_current_modes():
+                return func(*args, **kwargs)
         self.check(func, args, kwargs, tensors, on_gpu)
-        real_args, real_kwargs = tree_map_only(Pretended, lambda a: a.inner, (args, kwargs))
+        real_args, real_kwargs = mapped(lambda a: a.inner, Pretended, (args, kwargs))
         if to is not None:
             real_kwargs["device"] = torch.device("cpu")
         with _disable_current_modes():
@@ -251,7 +260,7 @@ class Gpu(TorchDispatchMode):
         self.operations[str(func)] += 1
         if self.captured is not None:
             self.captured.append((func, real_args, real_kwargs, out))
-        wrapped = tree_map_only(Tensor, Pretended, out)
+        wrapped = mapped(Pretended, Tensor, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def check(
@@ -275,7 +284,7 @@ class Gpu(TorchDispatchMode):
                 if not (asked and (not arrives or source.data_ptr() in self.pinned)):
                     self.wait(f"a copy {'to' if arrives else 'from'} the device")
         elif func in INDEXING and there:
-            indices = [i for i in tree_leaves(args[1]) if isinstance(i, Tensor)]
+            indices = [i for i in leaves(args[1]) if isinstance(i, Tensor)]
             if any(i.dtype == torch.bool for i in indices):
                 self.wait("a mask as an index")
             if any(not isinstance(i, Pretended) for i in indices):
@@ -304,9 +313,29 @@ class Graph:
         with _disable_current_modes(), torch.no_grad():
             for func, args, kwargs, out in self.operations:
                 again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                for old, new in zip(leaves(out), leaves(again), strict=True):
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
+
+
+def mapped(function: Callable[[Any], Any], kind: type, tree: Any) -> Any:
+    """The arguments or results of an operation, with the function of each of one kind."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: mapped(function, kind, value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(mapped(function, kind, value) for value in tree)
+    return tree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What arguments or results of an operation consist of."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, tuple | list):
+        return [leaf for value in tree for leaf in leaves(value)]
+    return [tree]
 
 
 def here() -> str:
