@@ -113,6 +113,7 @@ def patched(gpu: Gpu) -> Iterator[None]:
         "device_count": 1,
         "current_device": 0,
         "get_device_name": "pretended",
+        "is_bf16_supported": True,
         "synchronize": None,
         "empty_cache": None,
         "_lazy_init": None,

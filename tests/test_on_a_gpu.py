@@ -18,11 +18,11 @@ from torch import Tensor
 import ldm
 from ldm.pipeline import TextToImage
 from ldm.samplers import SAMPLERS, Steps
+from ldm.train.data import draw_scenes, rng_at
 from ldm.train.diffusion import DiffusionSettings, LatentSet, train_diffusion
 from ldm.train.run import prepare
 from ldm.train.state import Optimisation, TrainState
 from ldm.unet import UNet
-from ldm.worlds.scenes import Scene
 from tests.helpers import randn, relative_error, tiny_config, tiny_model
 from tests.pretend_cuda import CUDA, Gpu, pretended_cuda
 
@@ -171,7 +171,7 @@ def diffusion_training(device: str) -> tuple[TrainState, Iterator]:
     settings = Optimisation(steps=3, batch_size=2, learning_rate=1e-3)
     torch.default_generator.manual_seed(0)
     state = TrainState(UNet(pipe.config.unet).to(device), settings)
-    scenes = [Scene() for _ in range(4)]
+    scenes = draw_scenes(rng_at(0, 0), 4)
     latents, objects = randn(4, 4, 8, 8).to(device), torch.zeros(4, 1, 8, 8, device=device)
     data = LatentSet(scenes, latents, objects)
     of_stage = DiffusionSettings(optimisation=settings)
