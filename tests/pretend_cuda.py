@@ -129,7 +129,8 @@ def patched(gpu: Gpu) -> Iterator[None]:
             "Stream": mock.MagicMock,
             "stream": lambda _: contextlib.nullcontext(),
             "CUDAGraph": functools.partial(Graph, gpu),
-            "graph": lambda graph: graph.capturing(),
+            "device": lambda _: contextlib.nullcontext(),
+            "graph": lambda graph, **_: graph.capturing(),
         }.items():
             enter(mock.patch.object(torch.cuda, name, stand_in))
         enter(mock.patch.object(torch, "Generator", Generator))

@@ -150,7 +150,8 @@ class Captured:
         self.told = context, context._version
         for part, (k, v) in zip(self.prompted, self.kv, strict=True):
             part.k, part.v = k, v  # whose addresses the graph will read
-        self.output, self.replay = capture(lambda: twin.unet(self.x, self.t, context))
+        with torch.cuda.device(x.device):
+            self.output, self.replay = capture(lambda: twin.unet(self.x, self.t, context))
 
     def tell(self, context: Tensor) -> None:
         """Compute the prompt's k and v, in the place of the old ones."""
@@ -179,7 +180,8 @@ def capture(call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may go on to use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return output, graph.replay
 
