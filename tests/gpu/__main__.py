@@ -16,9 +16,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8, help="in all (default: 8)")
     parser.add_argument("--json", type=Path, help="a file for all that was found")
     parser.add_argument("--device", default="cuda", help="cuda (the default), cuda:1, or cpu")
-    parser.add_argument(
-        "--small", action="store_true", help="toy size: shows that it runs, no more"
-    )
+    parser.add_argument("--small", action="store_true", help="toy size: shows that it runs")
     parser.add_argument("--only", help="names of sections, with commas between")
     parser.add_argument("--into", type=Path, help="run nothing: put what --json holds into a page")
     args = parser.parse_args()
