@@ -10,7 +10,8 @@ is counted in `gpu.waits`: to look at a number, and to copy between the two memo
 pinned memory and asked not to wait. CUDA graphs are as real ones are: what was captured is computed
 again, on the same tensors and with the same numbers, and runs no Python.
 
-What it cannot show: how fast, how exact, or in how much memory a GPU computes.
+What it cannot show: how fast, how exact, or in how much memory a GPU computes; and no gradients,
+since autograd asks for the device itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,6 +41,8 @@ from torch.utils._python_dispatch import (
 
 CUDA = torch.device("cuda", 0)
 OURS = tuple(str(Path(__file__).parents[1] / room) + "/" for room in ("ldm", "tests"))
+
+PROPERTIES = SimpleNamespace(name="pretended", total_memory=0, major=0, minor=0)
 
 aten = torch.ops.aten
 LOOKS = (
@@ -114,6 +118,11 @@ def patched(gpu: Gpu) -> Iterator[None]:
         "current_device": 0,
         "get_device_name": "pretended",
         "is_bf16_supported": True,
+        "get_device_properties": SimpleNamespace(
+            name="pretended", total_memory=0, major=0, minor=0
+        ),
+        "max_memory_allocated": 0,
+        "reset_peak_memory_stats": None,
         "synchronize": None,
         "empty_cache": None,
         "_lazy_init": None,
@@ -128,6 +137,8 @@ def patched(gpu: Gpu) -> Iterator[None]:
             "current_stream": lambda *_: mock.MagicMock(),
             "Stream": mock.MagicMock,
             "stream": lambda _: contextlib.nullcontext(),
+            "set_sync_debug_mode": gpu.set_sync_debug_mode,
+            "Event": Event,
             "CUDAGraph": functools.partial(Graph, gpu),
             "device": lambda _: contextlib.nullcontext(),
             "graph": lambda graph, **_: graph.capturing(),
@@ -231,6 +242,10 @@ class Gpu(TorchDispatchMode):
         finally:
             self.strict = False
 
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """As `torch.cuda` has it, but that "warn" says nothing."""
+        self.strict = mode == "error"
+
     def wait(self, what: str) -> None:
         where = here()
         self.waits[what, where] += 1
@@ -293,6 +308,20 @@ class Gpu(TorchDispatchMode):
                 self.wait("an index on the CPU")
         elif there and elsewhere:
             raise RuntimeError(f"{here()}: {func} has operands on cuda:0 and on cpu")
+
+
+class Event:
+    """What a GPU's clock says at a point of its work: here all takes a millisecond."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
 
 
 class Graph:

@@ -6,8 +6,6 @@ which here computes both.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from ldm.samplers import SAMPLERS, Steps
 from ldm.train.data import draw_scenes, rng_at
 from ldm.train.diffusion import DiffusionSettings, LatentSet, train_diffusion
 from ldm.train.run import prepare
-from ldm.train.state import Optimisation, TrainState
+from ldm.train.state import Optimisation, Record, TrainState
 from ldm.unet import UNet
-from tests.helpers import randn, relative_error, tiny_config, tiny_model
+from tests.helpers import randn, random_stage, relative_error, tiny_config, tiny_model
 from tests.pretend_cuda import CUDA, Gpu, pretended_cuda
 
 PROMPT = "a red house"
@@ -165,45 +163,39 @@ def test_a_trace_waits_at_its_end_alone(pipe: TextToImage, gpu: Gpu) -> None:
 # --- Training
 
 
-def diffusion_training(device: str) -> tuple[TrainState, Iterator]:
-    """A few steps of stage 3 on random latents."""
-    pipe = ldm.load(device=device, dtype=torch.float32)
+def steps_of_training(pipe: TextToImage) -> tuple[TrainState, Iterator[Record]]:
+    """Three steps of stage 3 on random latents, where the pipeline is."""
     settings = Optimisation(steps=3, batch_size=2, learning_rate=1e-3)
-    torch.default_generator.manual_seed(0)
-    state = TrainState(UNet(pipe.config.unet).to(device), settings)
-    scenes = draw_scenes(rng_at(0, 0), 4)
-    latents, objects = randn(4, 4, 8, 8).to(device), torch.zeros(4, 1, 8, 8, device=device)
-    data = LatentSet(scenes, latents, objects)
+    state = TrainState(random_stage("unet", pipe.config).to(pipe.device), settings)
+    latents = randn(4, 4, 8, 8).to(pipe.device)
+    objects = torch.zeros(4, 1, 8, 8, device=pipe.device)
+    data = LatentSet(draw_scenes(rng_at(0, 0), 4), latents, objects)
     of_stage = DiffusionSettings(optimisation=settings)
-    return state, train_diffusion(
-        state, of_stage, data, pipe.text, pipe.schedule, pipe.config.prediction
-    )
+    return state, train_diffusion(state, of_stage, data, pipe.text, pipe.schedule)
 
 
-def train_on_both() -> None:
-    """Run as a program of its own: autograd counts the devices once per process, at its first use,
-    so that a stand-in that comes later is none of them."""
-    with pretended_cuda() as gpu:
-        state, steps = diffusion_training("cuda")
-        next(steps)  # the first makes the optimizer's state
-        with gpu.without_waiting():
-            second = next(steps)
-        assert second.values["loss"].device == CUDA
-        trained = [weight.detach().cpu() for weight in state.ema.parameters()]
-        figures = second.figures
-    state, steps = diffusion_training("cpu")
-    next(steps)
-    expected = next(steps).figures
-    assert abs(figures["loss"] - expected["loss"]) < 0.01 * expected["loss"], (figures, expected)
-    for ours, theirs in zip(trained, state.ema.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.detach(), atol=5e-3, rtol=0.05)
+@pytest.mark.filterwarnings("ignore:the prompt is")  # captions are long for so small a model
+def test_a_training_step_does_not_wait(
+    folder: Path, pipe: TextToImage, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd knows no stand-in: the gradients are made up, and all else is a step's own."""
+    state, steps = steps_of_training(pipe)
 
+    def backward(loss: Tensor) -> None:
+        for weight in state.model.parameters():
+            weight.grad = torch.full_like(weight, 1e-3)
 
-@pytest.mark.slow
-def test_a_training_step_does_not_wait(gpu: Gpu) -> None:
-    program = "from tests.test_on_a_gpu import train_on_both; train_on_both()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(Tensor, "backward", backward)
+    first = next(steps).figures  # in which the optimizer makes its state
+    mean = state.ema.conv_in.weight.detach().cpu().clone()
+    with gpu.without_waiting():
+        second = next(steps)
+    assert second.values["loss"].device == CUDA  # until someone looks
+    assert not torch.equal(state.ema.conv_in.weight.detach().cpu(), mean)
+    monkeypatch.undo()
+    _, steps = steps_of_training(ldm.load(folder, device="cpu"))
+    expected = next(steps).figures["loss"]
+    assert abs(first["loss"] - expected) < 0.05 * expected  # bfloat16 on a GPU, and maybe here
 
 
 def test_a_stage_leaves_the_gpus_generator_alone(

@@ -43,16 +43,16 @@ def environment(report: Report) -> None:
 
 def peak(report: Report) -> None:
     """What a large product and a copy reach: the two ceilings."""
-    side, dtypes = (8192, (torch.float16, torch.bfloat16)) if report.on_gpu else (512, ())
-    for dtype in (*dtypes, torch.float32):
+    side = 512 if report.small else 8192
+    halves = (torch.float16, torch.bfloat16) if report.on_gpu else ()
+    for dtype in (*halves, torch.float32):
         a, b = (torch.randn(side, side, device=report.device).to(dtype) for _ in range(2))
         tflops = 2 * side**3 / report.milliseconds(lambda a=a, b=b: a @ b, 10) / 1e9
         name = str(dtype).removeprefix("torch.")
         report.peak[name] = tflops
         report.row(f"a product of {side} x {side}, {name}", **{"TFLOP/s": round(tflops, 3)})
-    numbers = torch.zeros(
-        2**30 if report.on_gpu else 2**20, dtype=torch.uint8, device=report.device
-    )
+    size = 2**20 if report.small else 2**30
+    numbers = torch.zeros(size, dtype=torch.uint8, device=report.device)
     other = torch.empty_like(numbers)
     ms = report.milliseconds(lambda: other.copy_(numbers), 10)
     report.row("a copy, read and written", **{"GB/s": round(2 * numbers.nbytes / ms / 1e6, 1)})

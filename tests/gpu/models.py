@@ -38,8 +38,7 @@ def random_pipe(report: Report, dtype: torch.dtype) -> TextToImage:
     ids = torch.full((2, text.max_length), text.eos_token_id)
     ids[:, 0] = text.bos_token_id
     ids[1, 1:-1] = torch.arange(text.max_length - 2)
-    ids = ids.to(report.device)
-    pipe.text.tokenize = lambda prompts: torch.stack([ids[bool(prompt)] for prompt in prompts])
+    pipe.text.tokenize = lambda prompts: ids[[int(bool(p)) for p in prompts]].to(pipe.text.device)
     return pipe
 
 

@@ -22,8 +22,8 @@ from tests.gpu.report import Report
 
 PROMPT, OTHER = "a red house on green grass at night", "calm sea"
 
-# The largest errors that may be, in standard deviations of the exact values: rounding, added up by a
-# deep network, and by the steps of a run.
+# The largest errors that may be, in standard deviations of the exact values: rounding, added up by
+# a deep network, and by the steps of a run.
 STAGE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.5}
 RUN = {torch.float32: 2e-3, torch.float16: 1.0}
 
@@ -131,7 +131,7 @@ def optimized_pictures(report: Report) -> None:
     for dtype in (torch.float32, half_of(report)):
         plain, fast = (ldm.load(device=report.device, dtype=dtype) for _ in range(2))
         fast.optimize()
-        bound = 0.1 if report.on_gpu else RUN[dtype]  # TensorFloat-32 is on
+        bound = 0.2 if report.on_gpu else RUN[dtype]  # float32 may be TensorFloat-32
         settings = dict(steps=4, seed=0)
         for name, prompt, more in (
             ("", PROMPT, {}),
@@ -151,7 +151,7 @@ def optimized_pictures(report: Report) -> None:
         with ldm.record(fast.unet, "mid") as seen:
             last_of(fast.denoise(PROMPT, **settings))
         calls = sum(map(len, seen.values()))
-        report.check(f"recorded while optimized, calls missing, {dtype}", float(4 > calls), 0)
+        report.check(f"recorded while optimized, calls missing, {dtype}", float(calls < 4), 0)
 
 
 def low_memory(report: Report) -> None:
@@ -189,7 +189,6 @@ def full_size_stages(report: Report) -> None:
 
     for name in ("text", "vae", "unet"):
         stage = getattr(pipe, name)
-        stage.__dict__.pop("tokenize", None)
         exact = run(name, moved(stage, "cpu", torch.float32), "cpu", torch.float32)
         for dtype in dtypes(report):
             with in_float32(report.device, tf32=False):
