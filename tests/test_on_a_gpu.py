@@ -126,7 +126,13 @@ def test_a_picture_is_drawn_on_the_device(folder: Path, gpu: Gpu, dtype: torch.d
     assert pipe.encode(image).device == CUDA
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        name if name in ("ddim", "dpmpp_2m_sde") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SAMPLERS
+    ],
+)
 def test_no_step_of_a_sampler_waits(pipe: TextToImage, gpu: Gpu, sampler: str) -> None:
     steps_without_waiting(gpu, pipe.denoise(PROMPT, steps=3, sampler=sampler), 3)
 
@@ -135,10 +141,10 @@ def test_no_step_of_a_sampler_waits(pipe: TextToImage, gpu: Gpu, sampler: str) -
     "settings",
     [
         pytest.param(dict(like="compvis", eta=0.5), id="compvis"),
-        pytest.param(dict(like="diffusers", eta=0.5), id="diffusers"),
+        pytest.param(dict(like="diffusers", eta=0.5), id="diffusers", marks=pytest.mark.slow),
         pytest.param(dict(num_images=3, eta=1.0), id="batch"),
-        pytest.param(dict(negative_prompt="the blue sea"), id="negative"),
-        pytest.param(dict(guidance_scale=1.0), id="unguided"),
+        pytest.param(dict(negative_prompt="the blue sea"), id="negative", marks=pytest.mark.slow),
+        pytest.param(dict(guidance_scale=1.0), id="unguided", marks=pytest.mark.slow),
     ],
 )
 def test_no_step_of_a_run_waits(half: TextToImage, gpu: Gpu, settings: dict) -> None:

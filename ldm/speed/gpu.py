@@ -200,6 +200,10 @@ class FastUNet:
         self.versions: list[int] = []
         self.graphs: dict[tuple[object, ...], Captured] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastUNet:
+        """One of a copy of the UNet, which has captured nothing yet."""
+        return FastUNet(copy.deepcopy(self.unet, memo), compiled=self.compiled)
+
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         parts = list(self.unet.modules())
         if any(is_watched(part) for part in parts) or not self.suits(x, t, context):

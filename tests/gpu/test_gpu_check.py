@@ -65,7 +65,7 @@ def test_a_section_that_fails_or_hangs_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_page_takes_in_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, file = tmp_path / "page.md", tmp_path / "found.json"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n", encoding="utf-8")
     report = Report(CPU, small=True, seconds=60)
     report.row("a step", ms=2.0)
     file.write_text(json.dumps(report.as_dict()), encoding="utf-8")
@@ -73,7 +73,7 @@ def test_a_page_takes_in_what_was_found(tmp_path: Path, monkeypatch: pytest.Monk
         assert run(monkeypatch, f"--into={page}", f"--json={file}") == 0
         text = page.read_text(encoding="utf-8")
         assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
-        assert text.count("| a step | ms 2.0 |") == 1 and "old" not in text
+        assert text.count("| a step | ms 2.0 |") == 1 and "stale" not in text
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="marks"):
         write_into(page, report.as_dict())

@@ -5,6 +5,7 @@ are the plain UNet's. The graphs are the stand-in's, which keep what a real one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_weights_that_change_are_seen(unet: UNet, captures: list[int]) -> None:
     assert len(captures) == 3
 
 
+@pytest.mark.slow
 def test_another_shape_is_another_graph_and_few_are_kept(unet: UNet, captures: list[int]) -> None:
     fast = FastUNet(unet, compiled=False)
     for batch in (1, 2, 3, 4, 5, 5, 4):
@@ -146,6 +148,17 @@ def test_the_plain_unet_runs_while_anyone_watches(unet: UNet, captures: list[int
     assert len(captures) == 1
 
 
+def test_a_copy_follows_the_copied_weights(unet: UNet) -> None:
+    fast = FastUNet(unet, compiled=False)
+    call = inputs()
+    assert error(fast, *call) < 1e-5
+    other = copy.deepcopy(fast)
+    other.unet.conv_in.weight.mul_(3.0)
+    assert error(other, *call) < 1e-5 and error(fast, *call) < 1e-5
+    with torch.no_grad():
+        assert relative_error(other(*call), fast(*call)) > 1e-3
+
+
 def test_with_gradients_the_plain_unet_runs(unet: UNet, captures: list[int]) -> None:
     fast = FastUNet(unet.requires_grad_(True), compiled=False)
     assert fast(*inputs()).requires_grad
@@ -162,7 +175,14 @@ def test_the_twin_shares_every_weight_and_has_names_of_no_other(unet: UNet) -> N
     assert twin.state_dict().keys() == unet.state_dict().keys()
 
 
-@pytest.mark.parametrize("settings", [{}, dict(guidance_scale=1.0), dict(sampler="heun")], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="guided"),
+        pytest.param(dict(guidance_scale=1.0), id="unguided", marks=pytest.mark.slow),
+        pytest.param(dict(sampler="heun"), id="heun", marks=pytest.mark.slow),
+    ],
+)
 def test_an_optimized_pipeline_draws_the_same_without_waiting(
     folder: Path, gpu: Gpu, captures: list[int], settings: dict
 ) -> None:
