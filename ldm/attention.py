@@ -61,10 +61,14 @@ class Attention(nn.Module):
         """x: (B, N, dim), context: (B, M, context_dim) -> (B, N, dim)."""
         q, k, v = (
             rearrange(a, "b n (heads d) -> b heads n d", heads=self.num_heads)
-            for a in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for a in self.project(x, context)
         )  # (B, heads, N or M, dim / heads)
         h = self.weights.attend(q, k, v)  # (B, heads, N, dim / heads)
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))  # (B, N, dim)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """q (B, N, dim), k and v (B, M, dim)."""
+        return self.to_q(x), self.to_k(context), self.to_v(context)
 
 
 class FeedForward(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 
 def default_device() -> torch.device:
@@ -47,6 +48,14 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
         names = ", ".join(str(one) for one in DTYPES)
         raise ValueError(f"dtype must be a floating-point type of {names}, not {dtype!r:.80}")
     return dtype
+
+
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, as a copy where it is not there already. The program does not wait for
+    a CUDA device to have got it: for that the copy starts from pinned memory."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, dtype, non_blocking=True)
+    return tensor.to(device, dtype)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -10,13 +10,14 @@ which `pipe.run` makes the steps. `load` makes the pipeline.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoints.download import chosen_tokenizer
 from ldm.checkpoints.filling import fill
@@ -45,6 +46,7 @@ from ldm.samplers.guidance import Scale
 from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
 from ldm.speed.cpu import optimize, rest
+from ldm.speed.gpu import FastUNet, can_compile, in_float32, optimize_decoder
 from ldm.speed.waiting import told_when_slow
 from ldm.starting import begin
 from ldm.text import CLIPTextEncoder
@@ -66,10 +68,13 @@ class TextToImage:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
-        low_memory: see `optimize`.
+        low_memory, fast_unet: see `optimize`.
     """
 
     low_memory = False
+    place: torch.device | None = None
+    fast_unet: FastUNet | None = None
+    optimized = False
 
     def __init__(
         self,
@@ -113,8 +118,8 @@ class TextToImage:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.unet.conv_in.weight.device
+        """Where the stages compute: where their weights are, or come to when they are needed."""
+        return self.place or self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +136,9 @@ class TextToImage:
         """
         device = self.device if device is None else check_device(device)
         dtype = self.dtype if dtype is None else check_dtype(dtype)
+        self.place = device if self.low_memory and device.type == "cuda" else None
         for stage in (self.unet, self.vae, self.text):
-            stage.to(device=device, dtype=dtype)
+            stage.to(device="cpu" if self.place else device, dtype=dtype)
         return self
 
     def optimize(self, *, low_memory: bool = False) -> Self:
@@ -141,19 +147,62 @@ class TextToImage:
         On a CPU, in float32 and without gradients, other kernels compute the same sums in another
         order (see `ldm.speed.cpu`): latents differ by some 1e-5 of their standard deviation,
         pictures by a grey level here and there. Weights, names and recordings stay what they are,
-        and whatever cannot be faster is computed as before: on other devices everything, and stages
-        as small as Horizon's. Memory that is freed stays with the process, to be used again.
+        and whatever cannot be faster is computed as before: stages as small as Horizon's, and on
+        other devices everything. Memory that is freed stays with the process, to be used again.
+
+        On a CUDA device the UNet's call is captured as a graph, and large stages are compiled,
+        which takes minutes at the first picture of each size (see `ldm.speed.gpu`, which no GPU has
+        run yet); float32 may then use TensorFloat-32, as without `optimize` it never does.
 
         Args:
-            low_memory: give back a stage's memory when its work is done: what was freed, and
-                weights that are on a mapped file. The next picture reads those again, from the
-                system's cache if there is room for that: about a second for Stable Diffusion v1.
+            low_memory: give back a stage's memory when its work is done. On a CPU: what was freed,
+                and weights that are on a mapped file. The next picture reads those again, from the
+                system's cache if there is room for that: about a second for Stable Diffusion v1. On
+                a CUDA device: each stage's weights wait in the CPU's memory until it works, one
+                stage at a time, and nothing is captured or compiled.
         """
-        self.low_memory = low_memory
-        for stage in (self.unet, self.vae, self.text):
-            if sum(weight.numel() for weight in stage.parameters()) >= LARGE:
-                optimize(stage)
+        device, self.optimized, self.low_memory = self.device, True, low_memory
+        self.place, self.fast_unet = None, None
+        large = {
+            stage: sum(weight.numel() for weight in stage.parameters()) >= LARGE
+            for stage in (self.unet, self.vae, self.text)
+        }
+        if device.type != "cuda":
+            for stage in large:
+                if large[stage]:
+                    optimize(stage)
+            return self
+        self.place = device if low_memory else None
+        for stage in large:
+            stage.to("cpu" if low_memory else device)
+        if not low_memory:
+            self.fast_unet = FastUNet(self.unet, compiled=large[self.unet] and can_compile())
+            if large[self.vae]:
+                optimize_decoder(self.vae)
         return self
+
+    @contextlib.contextmanager
+    def at_work(self, stage: nn.Module) -> Iterator[None]:
+        """A stage while it computes: where it is to, and in the precision that it is to."""
+        if self.place is not None and next(stage.parameters()).device != self.place:
+            stage.to(self.place)
+        with in_float32(self.device, tf32=self.optimized):
+            yield
+
+    def rest(self, stage: nn.Module) -> None:
+        """With `low_memory`, give back what a stage takes until it works again."""
+        if self.place is not None:
+            stage.to("cpu")
+        elif self.low_memory:
+            rest(stage)
+
+    def ask(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """What the UNet says, in the fastest way that there is: see `UNet.forward`."""
+        with self.at_work(self.unet):
+            fast = self.fast_unet
+            if fast is not None and fast.unet is self.unet:
+                return fast(x, t, context)
+            return self.unet(x, t, context)
 
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's
@@ -347,7 +396,7 @@ class TextToImage:
         if settings.guidance_interval is not None:
             scale = on_interval(settings.guidance_scale, *settings.guidance_interval)
         guided = guide(
-            self.unet,
+            self.ask,
             context.to(self.device, self.dtype).expand(count, -1, -1),
             uncond_context.to(self.device, self.dtype).expand(count, -1, -1),
             scale,
@@ -373,9 +422,9 @@ class TextToImage:
     def context(self, prompts: Sequence[str]) -> Tensor:
         """The text states of prompts, (B, max_length, context_dim). An equal prompt is encoded
         once, and alone, so that an image does not depend on its neighbours in the batch."""
-        states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
-        if self.low_memory:
-            rest(self.text)
+        with self.at_work(self.text):
+            states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
+        self.rest(self.text)
         return torch.cat([states[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -392,13 +441,12 @@ class TextToImage:
         channels = self.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents must be (B, {channels}, h, w), not {tuple(latents.shape)}")
-        if self.low_memory:
-            rest(self.unet)
+        self.rest(self.unet)
         images: list[Image] = []
-        for y in decoded(self.vae, latents):  # (1, 3, H, W)
-            images += to_images(y)
-        if self.low_memory:
-            rest(self.vae)
+        with self.at_work(self.vae):
+            for y in decoded(self.vae, latents):  # (1, 3, H, W)
+                images += to_images(y)
+        self.rest(self.vae)
         return images
 
     @torch.no_grad()
@@ -429,9 +477,9 @@ class TextToImage:
             levels: grey levels 0 to 255, (B, H, W, 3), sides multiples of the VAE's factor.
         """
         pixels = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
-        each = [self.vae.encode(x) for x in pixels.split(1)]
-        if self.low_memory:
-            rest(self.vae)
+        with self.at_work(self.vae):
+            each = [self.vae.encode(x) for x in pixels.split(1)]
+        self.rest(self.vae)
         return Posterior(torch.cat([p.mean for p in each]), torch.cat([p.logvar for p in each]))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
+from ldm.device import sent
 from ldm.errors import did_you_mean
 from ldm.tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ class CLIPTextEncoder(nn.Module):
                     stacklevel=2,
                 )
             rows.append(tokenizer.pad(ids, self.config.max_length))
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)  # (B, max_length)
+        return sent(torch.tensor(rows, dtype=torch.int64), self.device)  # (B, max_length)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids, integers (B, max_length) or fewer places -> context (B, max_length,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.attention import AttentionWeights
 from ldm.config import VAEConfig
+from ldm.device import sent
 from ldm.layers import Downsample, ResBlock, Upsample, zero_
 
 NORM_EPS = 1e-6
@@ -49,7 +50,8 @@ class Posterior:
 
     def drawn(self, noise: Tensor) -> Tensor:
         """The latent of this standard normal noise, of the mean's shape."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+        noise = sent(noise, self.mean.device, self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
         """KL(q || N(0, 1)) in nats, summed over each latent: (B,) (Kingma & Welling, app. B)."""
@@ -217,8 +219,10 @@ class ConvAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         h = self.norm(x)
+        # Contiguous, as the fast kernels of attention want them: of others PyTorch writes down all
+        # weights, (h w)^2 of them.
         q, k, v = (
-            rearrange(a, "b c h w -> b 1 (h w) c")
+            rearrange(a, "b c h w -> b 1 (h w) c").contiguous()
             for a in (self.to_q(h), self.to_k(h), self.to_v(h))
         )  # (B, 1, h w, C)
         h = self.weights.attend(q, k, v)  # (B, 1, h w, C)

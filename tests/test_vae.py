@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm.config import HORIZON, SD_V1, VAEConfig
@@ -259,3 +260,19 @@ def test_attention_can_be_watched_and_is_the_same_watched() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 12), rtol=0, atol=1e-6)
     # The fast kernel adds in another order.
     assert relative_error(watched, plain) <= 1e-5
+
+
+def test_queries_keys_and_values_of_attention_lie_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of others no fast kernel of attention wants to know: all (h w)^2 weights are written down."""
+    strides: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def look(*qkv: Tensor) -> Tensor:
+        strides.extend(a.stride(-1) for a in qkv)
+        return plain(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    vae = random_stage("vae", tiny_config())
+    with torch.no_grad():
+        vae.decode(randn(1, 4, 8, 8))
+    assert strides == [1, 1, 1]

@@ -20,8 +20,9 @@ from ldm.tokenizer import Tokenizer, split_words
 
 def conditional_mean(weights: Tensor) -> Tensor:
     """What a trace keeps of a layer's weights (1 or 2, heads, places, L): (places, L), of the half
-    with the prompt, which is the last in a guided batch; the mean over heads."""
-    return weights[-1].mean(dim=0).to("cpu", torch.float16)
+    with the prompt, which is the last in a guided batch; the mean over heads. It stays on the
+    device, so that no step waits for it."""
+    return weights[-1].mean(dim=0).to(torch.float16)
 
 
 def map_size(places: int, latent_size: tuple[int, int]) -> tuple[int, int]:

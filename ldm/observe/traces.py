@@ -373,8 +373,8 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
             times.append((step.t, step.t_prev, step.alpha_bar))
             for name, values in tensors.items():
                 if (value := getattr(step, name)) is not None:  # None: there was no guidance
-                    values.append(value.cpu())
-            latents = step.x_prev.cpu()
+                    values.append(value)
+            latents = step.x_prev
 
     (picture,) = pipe.pictures(latents, settings, inputs)
     t, t_prev, alpha_bar = zip(*times, strict=True)
@@ -390,10 +390,11 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
         t=t,
         t_prev=t_prev,
         alpha_bar=alpha_bar,
-        **{name: torch.cat(values) for name, values in tensors.items() if len(values) == len(t)},
-        latents=latents,
+        # Copied from the device here, all steps at once: within the run nothing waits for it.
+        **{n: torch.cat(values).cpu() for n, values in tensors.items() if len(values) == len(t)},
+        latents=latents.cpu(),
         maps={
-            name: torch.stack(calls).unflatten(1, map_size(len(calls[0]), latent_size))
+            name: torch.stack(calls).cpu().unflatten(1, map_size(len(calls[0]), latent_size))
             for name, calls in recorded.items()
         },
         picture=torch.from_numpy(np.array(picture)),  # (height, width, 3)

@@ -56,7 +56,9 @@ def guide(
     if not 0.0 <= rescale <= 1.0:
         raise ValueError(f"rescale must be between 0 and 1, not {rescale!r}")
     size = images_per_call or len(context)
-    contexts = list(zip(uncond_context.split(size), context.split(size), strict=True))
+    conds = context.split(size)
+    # Joined once: who has computed something of a context knows it again by its tensor.
+    pairs = [torch.cat(both) for both in zip(uncond_context.split(size), conds, strict=True)]
 
     def check(x: Tensor) -> None:
         if len(x) != len(context):
@@ -68,16 +70,16 @@ def guide(
     def alone(x: Tensor, t: Tensor) -> Tensor:
         check(x)
         x_parts, t_parts = x.to(context.dtype).split(size), t.split(size)
-        parts = zip(x_parts, t_parts, contexts, strict=True)
-        eps = [model(x_n, t_n, cond) for x_n, t_n, (_, cond) in parts]
+        parts = zip(x_parts, t_parts, conds, strict=True)
+        eps = [model(x_n, t_n, cond) for x_n, t_n, cond in parts]
         return torch.cat(eps).to(x.dtype)  # (B, C, H, W)
 
     def guided(x: Tensor, t: Tensor, scale: float) -> Prediction:
         check(x)
         x_parts, t_parts = x.to(context.dtype).split(size), t.split(size)
         halves = []
-        for x_n, t_n, both in zip(x_parts, t_parts, contexts, strict=True):
-            eps = model(torch.cat([x_n, x_n]), torch.cat([t_n, t_n]), torch.cat(both))
+        for x_n, t_n, both in zip(x_parts, t_parts, pairs, strict=True):
+            eps = model(torch.cat([x_n, x_n]), torch.cat([t_n, t_n]), both)
             halves.append(eps.to(x.dtype).chunk(2))
         eps_uncond, eps_cond = map(torch.cat, zip(*halves, strict=True))  # (B, C, H, W) each
         eps = eps_uncond + scale * (eps_cond - eps_uncond)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.device import sent
+
 Generators = torch.Generator | Sequence[torch.Generator] | Callable[[Tensor], Tensor]
 """A generator per image, or a single one that draws for the whole batch; or, instead of any, a
 function that gives noise for a tensor like the one it is given: see `handed_in`."""
@@ -41,10 +43,7 @@ def draw_noise(generators: Generators | None, like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=generators, device=device, dtype=like.dtype)
     else:
         noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
-    if noise.device.type == "cpu" and like.device.type == "cuda":
-        # From pinned memory the program need not wait for the copy.
-        return noise.pin_memory().to(like.device, like.dtype, non_blocking=True)
-    return noise.to(like.device, like.dtype)
+    return sent(noise, like.device, like.dtype)
 
 
 def check_generators(generators: Generators | None, x: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import HORIZON
+from ldm.device import sent
 from ldm.train.data import draw_scenes, rng_at
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.vae import AutoencoderKL, Posterior
@@ -42,8 +43,9 @@ def train_autoencoder(state: TrainState, settings: AutoencoderSettings) -> Itera
         rng = rng_at(s.seed, state.step)
         noise = torch.Generator().manual_seed(int(rng.integers(2**31)))
         scenes = draw_scenes(rng, s.batch_size)
-        x = pictures(scenes, settings.image_size).to(state.device)
-        weight = 1.0 + settings.object_weight * object_masks(scenes, settings.image_size).to(x)
+        x = sent(pictures(scenes, settings.image_size), state.device)
+        masks = sent(object_masks(scenes, settings.image_size), state.device)
+        weight = 1.0 + settings.object_weight * masks
 
         with fast_step(state.device):
             reconstruction, posterior = state.model(x, noise)
@@ -57,10 +59,10 @@ def train_autoencoder(state: TrainState, settings: AutoencoderSettings) -> Itera
         yield Record(
             state.step,
             {
-                "loss": loss.item(),
-                "l1": error.abs().mean().item(),
-                "kl": kl.item(),
-                "std": posterior.mean.detach().std().item(),
+                "loss": loss.detach(),
+                "l1": error.detach().abs().mean(),
+                "kl": kl.detach(),
+                "std": posterior.mean.detach().std(),
             },
         )
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.device import sent
 from ldm.errors import UnreadableError
 from ldm.files import written_whole
 from ldm.layers import Downsample, ResBlock
@@ -141,9 +142,9 @@ def train_clip(state: TrainState, settings: CLIPSettings) -> Iterator[Record]:
         rng = rng_at(s.seed, state.step)
         scenes = draw_scenes(rng, s.batch_size)
         captions = [scene.caption(rng) for scene in scenes]
-        x = pictures(scenes, pair.image_size).to(state.device)
+        x = sent(pictures(scenes, pair.image_size), state.device)
         ids = pair.text.tokenize(captions)
-        same = equal_captions(captions).to(x)  # (B, B)
+        same = sent(equal_captions(captions), state.device)  # (B, B)
 
         with fast_step(state.device):
             logits = pair(x, ids)
@@ -152,7 +153,7 @@ def train_clip(state: TrainState, settings: CLIPSettings) -> Iterator[Record]:
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         state.update(loss)
         right = same.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
-        yield Record(state.step, {"loss": loss.item(), "accuracy": right.item()})
+        yield Record(state.step, {"loss": loss.detach(), "accuracy": right})
 
 
 def equal_captions(captions: Sequence[str]) -> Tensor:

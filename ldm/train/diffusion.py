@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import HORIZON
-from ldm.schedule import NoiseSchedule, output_from
+from ldm.device import sent
+from ldm.schedule import NoiseSchedule, noised, output_from
 from ldm.text import CLIPTextEncoder
 from ldm.train.autoencoder import encode_scenes
 from ldm.train.data import draw_scenes, rng_at
@@ -118,17 +119,17 @@ def train_diffusion(
         rng = rng_at(s.seed + 1, state.step)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         told = [draw_caption(rng, data.scenes, settings) for _ in range(s.batch_size)]
-        chosen = torch.tensor([index for index, _ in told])
+        chosen = sent(torch.tensor([index for index, _ in told]), state.device)
         x0 = data.latents[chosen]
         t = draw_timesteps(rng, s.batch_size, len(schedule.alpha_bar), settings)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        alpha_bar = schedule.alpha_bar[t].to(x0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        noise = sent(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
+        alpha_bar = sent(schedule.alpha_bar[t], x0.device, x0.dtype).view(-1, 1, 1, 1)
 
         with fast_step(state.device):
             with torch.no_grad():
                 context = text([caption for _, caption in told])
-            t = t.to(x0.device)
-            output = state.model(schedule.add_noise(x0, noise, t), t, context)
+            x = noised(x0, noise, alpha_bar)
+            output = state.model(x, sent(t, x0.device), context)
         target = output_from(prediction, x0, noise, alpha_bar)
         error = (output.float() - target).square()  # (B, C, h, w)
         balance = min_snr_weight(prediction, alpha_bar, settings.snr_gamma)  # (B, 1, 1, 1)
@@ -136,7 +137,7 @@ def train_diffusion(
         weight = 1.0 + settings.object_weight * visible * data.objects[chosen]  # (B, 1, h, w)
         loss = (balance * weight * error).mean() / weight.mean()
         state.update(loss)
-        yield Record(state.step, {"loss": loss.item(), "mse": error.mean().item()})
+        yield Record(state.step, {"loss": loss.detach(), "mse": error.detach().mean()})
 
 
 def draw_caption(

@@ -91,5 +91,4 @@ def measured(
             continue
         found = ruler.measure(state.ema)  # type: ignore[arg-type]
         excess = {f"excess at {one.floor.t}": round(one.excess, 4) for one in found}
-        figures = record.figures | excess
-        yield dataclasses.replace(record, figures=figures, told=in_words(found))
+        yield dataclasses.replace(record, values={**record.values, **excess}, told=in_words(found))

@@ -176,9 +176,10 @@ def prepare(
     if not resume and path.exists():
         raise StageError(f"{path} exists: pass --resume to go on from it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    # Modules draw their first weights from the global generator: seed it here, and put it back.
+    # Modules draw their first weights from the CPU's global generator: seed it here, it alone (a
+    # GPU has another, which is nobody's business here), and put it back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         state = TrainState(fresh().to(device), settings)
     if resume:
         state.load(path)
@@ -205,9 +206,10 @@ def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> N
             if record.told:
                 bar.write(f"step {record.step}: {record.told}", file=sys.stderr)
             if record.step % LOG_EVERY_STEPS == 0 or record.step == total or record.told:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in record.figures.items()})
+                figures = record.figures  # here a GPU is waited for
+                bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
                 seconds = round(time.monotonic() - started, 1)
-                entry = {"step": record.step, "seconds": seconds, **record.figures}
+                entry = {"step": record.step, "seconds": seconds, **figures}
                 append_text(log, json.dumps(entry) + "\n")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS or record.step == total:
                 state.save(path)

@@ -19,12 +19,17 @@ from ldm.files import written_whole
 
 @dataclass(frozen=True)
 class Record:
-    """What one training step reports: the step's number (from 1), named figures, and now and then
-    a line for people."""
+    """What one training step reports: the step's number (from 1), named values, which stay on the
+    device until someone looks, and now and then a line for people."""
 
     step: int
-    figures: dict[str, float]
+    values: Mapping[str, float | Tensor]
     told: str = ""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The values as numbers. To look at them is to wait for the step to be done."""
+        return {name: float(value) for name, value in self.values.items()}
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,9 @@ class TrainState:
         self.step += 1
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for mean, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
+            # All in a few kernels where there are kernels for that; else one by one, as ever.
+            means, values = tuple(self.ema.parameters()), tuple(self.model.parameters())
+            torch._foreach_lerp_(means, values, 1 - decay)
 
     def save(self, path: Path) -> None:
         """Write everything that `load` needs; a stop in the middle leaves the checkpoint before.

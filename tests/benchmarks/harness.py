@@ -1,7 +1,8 @@
 """Two programs that do the same, timed in turn: A B A B.
 
-Every program runs in a process of its own, forked from a server that has imported everything: so
-none finds memory that the other left behind, and none waits for an import. Either each run has a
+Every program runs in a process of its own, forked from a server that has imported everything (for a
+GPU, which no fork can use, started anew): so none finds memory that the other left behind, and none
+waits for an import. Either each run has a
 fresh process (loading, say, which is done once), or each side keeps one, which ran once to warm up
 (a step of a model, which is done fifty times). No times are compared but those of a pair, which ran
 one after the other.
@@ -10,6 +11,7 @@ one after the other.
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import resource
 import statistics
@@ -181,8 +183,12 @@ class Worker:
     """A process that gets a side ready and runs it whenever it is asked to."""
 
     def __init__(self, side: Side, setting: Setting) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTS)
+        # A fork of a process that has asked for its GPUs, as diffusers does when it is imported,
+        # cannot use them.
+        on_gpu = setting.device.startswith("cuda")
+        context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            context.set_forkserver_preload(IMPORTS)
         self.side = side
         self.connection, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(side, setting, far_end))
@@ -207,9 +213,12 @@ class Worker:
 
 
 def _serve(side: Side, setting: Setting, connection: Connection) -> None:
+    on_gpu = setting.device.startswith("cuda")
+    if on_gpu:
+        for name in IMPORTS:
+            importlib.import_module(name)
     gc.freeze()  # else the collector looks at, and so copies, all that the parent has imported
     work = side(setting)
-    on_gpu = setting.device.startswith("cuda")
     before = 0 if on_gpu else peak_memory()
     while True:
         try:

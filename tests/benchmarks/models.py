@@ -18,7 +18,7 @@ from tests.helpers import randn, rng
 
 
 def our_model(setting: Setting, stage: str) -> Any:
-    """As `pipe.optimize()` makes it; unread until it runs, as diffusers' is."""
+    """As `pipe.optimize()` makes it on a CPU; unread until it runs, as diffusers' is."""
     from ldm.checkpoints.loading import load_stages
     from ldm.speed.cpu import optimize
 

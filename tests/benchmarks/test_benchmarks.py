@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ pytest.importorskip("diffusers")
 
 from ldm.config import SD_V1
 from tests.benchmarks import commands, models
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.__main__ import main, product_side
 from tests.benchmarks.harness import (
     Benchmark,
     Result,
@@ -114,6 +116,30 @@ def test_a_side_has_one_process_unless_each_run_is_fresh(tmp_path: Path) -> None
 def test_a_side_that_fails_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="fails"):
         run_alone(fails, setting(tmp_path / "none"))
+
+
+def starts(setting: Setting) -> Callable[[], object]:
+    """A side that tells how its process was started, before any GPU would be asked for."""
+    setting.weights.write_text(type(multiprocessing.current_process()).__name__, encoding="utf-8")
+    raise ValueError("that was all")
+
+
+@pytest.mark.parametrize(
+    "device, kind",
+    [
+        ("cpu", "ForkServerProcess"),
+        pytest.param("cuda", "SpawnProcess", marks=pytest.mark.slow),  # imports all anew
+    ],
+)
+def test_no_process_that_uses_a_gpu_is_a_fork(device: str, kind: str, tmp_path: Path) -> None:
+    told = dataclasses.replace(setting(tmp_path / "kind"), device=device)
+    with pytest.raises(RuntimeError, match="without a result"):
+        run_alone(starts, told)
+    assert told.weights.read_text(encoding="utf-8") == kind
+
+
+def test_the_product_that_stands_for_the_peak_fills_a_gpu() -> None:
+    assert product_side("cuda") >= 8192 > product_side("cpu")
 
 
 def test_the_ratio_is_that_of_pairs() -> None:
