@@ -26,15 +26,15 @@ from ldm.checkpoints.tokenizer_files import (
     read_tokenizer,
     tokenizer_beside,
 )
-from ldm.config import TextConfig
 from ldm.files import writing, written_whole
-from ldm.text import check_tokenizer
 from ldm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from io import BufferedRandom, BufferedReader
 
     from huggingface_hub import HfFileMetadata
+
+    from ldm.config import TextConfig
 
 
 class DownloadError(OSError):
@@ -142,6 +142,8 @@ def chosen_tokenizer(
         FileNotFoundError, ValueError: as `require_tokenizer`, or what was chosen is another
             model's.
     """
+    from ldm.text import check_tokenizer  # and torch, which a download does not need
+
     if chosen is False:
         return None
     if chosen is None:
