@@ -50,7 +50,7 @@ class Keywords(TypedDict, total=False):
 
     steps: int | None
     guidance_scale: float | None
-    negative_prompt: str
+    negative_prompt: str | Sequence[str]
     sampler: str | None
     eta: float
     seed: int

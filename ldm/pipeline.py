@@ -230,7 +230,8 @@ class TextToImage:
             steps: how many intervals the sampler's grid has, 1 to 1000; None, here and below, is
                 the model's own default, `pipe.config.defaults` (Stable Diffusion v1: 50).
             guidance_scale: how hard to follow the prompt; 1 is without guidance.
-            negative_prompt: what to move away from; empty is the plain unconditional model.
+            negative_prompt: what to move away from; empty is the plain unconditional model. A list
+                of prompts may have as many of them.
             sampler: one of `ldm.samplers.SAMPLERS`: "ddim", "ddpm", "plms", "euler",
                 "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", or "lcm", which
                 needs a model made for it.
@@ -388,7 +389,7 @@ class TextToImage:
         if context is None:
             context = self.context(settings.prompts)  # (B, L, D)
         if uncond_context is None:
-            uncond_context = self.context([settings.negative_prompt])  # (1, L, D)
+            uncond_context = self.context(settings.negative_prompts)  # (B, L, D)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
         # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
@@ -410,7 +411,7 @@ class TextToImage:
         return explained(
             steps,
             text=self.text,
-            encode=lambda: self.context([*settings.prompts, settings.negative_prompt]),
+            encode=lambda: self.context([*settings.prompts, *settings.negative_prompts]),
             unet=self.unet,
             eps_fn=eps_fn,
             guidance_scale=settings.guidance_scale,

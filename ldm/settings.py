@@ -41,7 +41,8 @@ class Settings:
 
     Attributes:
         prompts: what to draw, one for each picture of the run.
-        negative_prompt: what to move away from; empty is the plain unconditional model.
+        negative_prompt: what to move away from; empty is the plain unconditional model. One for all
+            pictures, or where they differ one for each.
         sampler: one of `ldm.samplers.SAMPLERS`.
         steps: how many intervals the sampler's grid has.
         guidance_scale: how hard to follow the prompts; 1 is without guidance.
@@ -66,7 +67,7 @@ class Settings:
     """
 
     prompts: tuple[str, ...]
-    negative_prompt: str
+    negative_prompt: str | tuple[str, ...]
     sampler: str
     steps: int
     guidance_scale: float
@@ -92,7 +93,7 @@ class Settings:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         sampler: str | None = None,
         eta: float = 0.0,
         seed: int = 0,
@@ -121,7 +122,7 @@ class Settings:
         own = SAMPLERS[name]
         settings = cls(
             prompts=one_per_picture(config, prompt, num_images),
-            negative_prompt=negative_prompt,
+            negative_prompt=one_or_each(prompt, negative_prompt, num_images),
             sampler=name,
             steps=whole("steps", first(steps, own.steps, defaults.steps)),
             guidance_scale=number(
@@ -152,8 +153,10 @@ class Settings:
         follow."""
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("the prompt is empty")
-        if not isinstance(self.negative_prompt, str):
-            raise ValueError(f"negative_prompt must be a string, not {self.negative_prompt!r}")
+        if not isinstance(self.negative_prompt, str) and not (
+            len(self.negative_prompt) == self.num_images
+        ):
+            raise ValueError(f"negative_prompt must be one, or {self.num_images}, one for each")
         total = config.schedule.num_train_timesteps
         if not 1 <= self.steps <= total:
             raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
@@ -218,6 +221,12 @@ class Settings:
         return len(self.prompts)
 
     @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """What each picture moves away from."""
+        negative = self.negative_prompt
+        return (negative,) * self.num_images if isinstance(negative, str) else negative
+
+    @property
     def adds_noise(self) -> bool:
         """Whether steps add fresh noise, so that more than the starting noise decides."""
         return self.eta > 0.0 or SAMPLERS[self.sampler].always_draws
@@ -252,7 +261,8 @@ class Settings:
     def alone(self, index: int) -> Self:
         """The run that draws picture `index` of this one by itself: the same picture, since its
         noise comes from its own seed (but with a `like` whose noise depends on the whole batch)."""
-        return dataclasses.replace(self.later(index), prompts=(self.prompts[index],))
+        prompt, negative = self.prompts[index], self.negative_prompts[index]
+        return dataclasses.replace(self.later(index), prompts=(prompt,), negative_prompt=negative)
 
     def later(self, count: int) -> Self:
         """The same run, of seeds that are so many later."""
@@ -290,6 +300,7 @@ class Settings:
 IS_A: dict[str, Callable[[Any], bool]] = {
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(IS_A["str"], value)),
     "str": lambda value: isinstance(value, str),
+    "str | tuple[str, ...]": lambda value: isinstance(value, str) or IS_A["tuple[str, ...]"](value),
     "str | None": lambda value: value is None or isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int and abs(value) <= MAX_SEED,
@@ -318,6 +329,23 @@ def one_per_picture(
     count, factor = len(prompts) * num_images, config.vae.factor
     check_bytes(f"num_images={count}", bytes_held(config, count, factor, factor))
     return tuple(one for one in prompts for _ in range(num_images))
+
+
+def one_or_each(
+    prompt: str | Sequence[str], negative: str | Sequence[str], num_images: int
+) -> str | tuple[str, ...]:
+    """The negative prompt of all pictures, or if they differ that of each: a list of prompts may
+    have as many of them."""
+    if isinstance(negative, str):
+        return negative
+    is_list = isinstance(negative, Sequence) and all(isinstance(one, str) for one in negative)
+    if not is_list or isinstance(prompt, str) or len(negative) != len(prompt):
+        raise ValueError(
+            "negative_prompt must be a string, or with a list of prompts a list of as many, not "
+            f"{negative!r:.80}"
+        )
+    each = tuple(one for one in negative for _ in range(num_images))
+    return each if len(set(each)) > 1 else each[0]
 
 
 def latent_shape(config: ModelConfig, height: int, width: int) -> tuple[int, int, int]:

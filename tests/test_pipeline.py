@@ -95,6 +95,15 @@ def test_a_list_of_prompts_gives_num_images_of_each_in_order(pipe: TextToImage) 
     assert relative_error(together[2:3], alone) <= 1e-5  # as above
 
 
+def test_each_prompt_moves_away_from_its_own_negative_prompt(pipe: TextToImage) -> None:
+    run = {"steps": 3, "seed": 5, "guidance_scale": 3.0}
+    together = final_latents(pipe.denoise(["red", "blue"], negative_prompt=["sea", "sky"], **run))
+    alone = final_latents(
+        pipe.denoise("blue", negative_prompt="sky", **run | {"seed": 6})  # the second's seed
+    )
+    assert relative_error(together[1:2], alone) <= 1e-5  # as above
+
+
 def test_seed_prompt_and_guidance_each_change_the_picture(pipe: TextToImage) -> None:
     base = {"prompt": "a red house", "steps": 3, "seed": 0}
     reference = final_latents(pipe.denoise(**base))

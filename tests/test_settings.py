@@ -49,6 +49,18 @@ def test_prompts_are_one_per_picture_and_each_can_be_drawn_alone() -> None:
     assert settings.alone(2).prompt == "the sea"
 
 
+def test_a_list_of_prompts_may_have_as_many_negative_prompts() -> None:
+    settings = Settings.of(CONFIG, ["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=5)
+    assert settings.negative_prompt == ("c", "c", "d", "d")
+    assert settings.alone(2) == Settings.of(CONFIG, "b", negative_prompt="d", seed=7)
+    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+    same = Settings.of(CONFIG, ["a", "b"], negative_prompt=["c", "c"])
+    assert same == Settings.of(CONFIG, ["a", "b"], negative_prompt="c")
+    for prompt, negative in (("a", ["c"]), (["a", "b"], ["c"]), (["a"], [5]), (["a"], None)):
+        with pytest.raises(ValueError, match="negative_prompt must be a string"):
+            Settings.of(CONFIG, prompt, negative_prompt=negative)
+
+
 @pytest.mark.parametrize(
     "asked",
     [

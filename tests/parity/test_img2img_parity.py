@@ -20,6 +20,7 @@ from tests.helpers import randn, relative_error, rng, tiny_model
 from tests.oracle_pipeline import diffusers_schedulers, oracle_pipeline
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 EACH_STEP = 1e-5  # of the standard deviation: handed their x, one call of the network and one rule
 CHAIN = 1e-3
@@ -105,6 +106,45 @@ def test_each_step_from_a_picture_is_diffusers(
 
     *_, last = pipe.denoise(PROMPTS, sampler=sampler, like="diffusers", **asked)
     assert relative_error(last.x_prev, latents[-1]) <= CHAIN
+
+
+def other_schedulers() -> dict[str, Any]:
+    """diffusers' schedulers of solvers, with Stable Diffusion v1's settings."""
+    shared = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    leading = shared | {"timestep_spacing": "leading"}
+    return {
+        "euler": diffusers.EulerDiscreteScheduler(**leading),
+        "heun": diffusers.HeunDiscreteScheduler(**leading),
+        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(
+            **leading, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+        ),
+        "unipc": diffusers.UniPCMultistepScheduler(**leading, final_sigmas_type="zero"),
+    }
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.75), (10, 1.0), (10, 0.1)])
+def test_what_solvers_make_of_a_picture_is_diffusers(
+    pipe: TextToImage, theirs: Any, sampler: str, steps: int, strength: float
+) -> None:
+    """Their latents have other units, but where they are clean."""
+    theirs.scheduler = other_schedulers()[sampler]
+    reference = theirs(
+        prompt="a red house",
+        image=picture(),
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=2.0,
+        generator=rng(5),
+        output_type="latent",
+    ).images
+    asked: dict[str, Any] = dict(image=picture(), strength=strength, steps=steps, seed=5)
+    *_, last = pipe.denoise(
+        "a red house", sampler=sampler, guidance_scale=2.0, like="diffusers", **asked
+    )
+    error = relative_error(last.x_prev, reference)
+    print(f"{sampler}, {steps} steps, strength {strength}: {error:.2g}")
+    assert error <= CHAIN
 
 
 def test_ours_differ_from_diffusers_in_the_noise_and_the_posteriors_sample_alone(
