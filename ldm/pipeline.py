@@ -68,7 +68,8 @@ class TextToImage:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
-        low_memory, fast_unet: see `optimize`.
+        low_memory, place, fast_unet, optimized: what `optimize` has set. `place` is the GPU that
+            stages come to when they work, where with `low_memory` they do not stay.
     """
 
     low_memory = False
@@ -184,7 +185,7 @@ class TextToImage:
     @contextlib.contextmanager
     def at_work(self, stage: nn.Module) -> Iterator[None]:
         """A stage while it computes: where it is to, and in the precision that it is to."""
-        if self.place is not None and next(stage.parameters()).device != self.place:
+        if self.place is not None and next(stage.parameters()).device.type != self.place.type:
             stage.to(self.place)
         with in_float32(self.device, tf32=self.optimized):
             yield

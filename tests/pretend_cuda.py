@@ -378,9 +378,3 @@ def here() -> str:
             return f"{name.removeprefix(str(Path(__file__).parents[1]) + '/')}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "somewhere"
-
-
-def uncompiled() -> Any:
-    """`module.compile()` does nothing: torch.compile does not know these tensors."""
-    ignored: Callable[..., None] = lambda self, *args, **kwargs: None  # noqa: E731
-    return mock.patch.object(torch.nn.Module, "compile", ignored)

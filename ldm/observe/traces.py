@@ -335,7 +335,8 @@ def trace(pipe: TextToImage, prompt: str, **settings: Any) -> Trace:
     The attention maps take most of the memory, S x places x L x 2 bytes a layer: 4 MB a step for
     Stable Diffusion v1 at 512x512, 0.02 MB for Horizon. They are kept as float16, without the
     half of the guidance batch that has no prompt, and as the mean over heads; what is lost with
-    the single heads, `record` can show. The final latents are decoded once, for `picture`.
+    the single heads, `record` can show. All stays on the device to the end, so that no step waits
+    for it. The final latents are decoded once, for `picture`.
 
     Args:
         pipe: the model.

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu import right
 from tests.gpu.__main__ import main
-from tests.gpu.fast import sections
+from tests.gpu.fast import environment, sections
 from tests.gpu.report import BEGIN, END, Report, failed, lines, write_into
+from tests.pretend_cuda import pretended_cuda
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,18 @@ def test_every_section_runs_at_toy_size(
     assert not [name for name, told in found["sections"].items() if "seconds" not in told]
     assert len(found["checks"]) > 20 and len(found["rows"]) > 8
     assert "UNet, batch 2, plain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sections_run_as_on_a_gpu() -> None:
+    """On the stand-in, where graphs are captured and memory is asked for."""
+    with pretended_cuda() as gpu:
+        report = Report(torch.device("cuda", 0), small=True, seconds=600)
+        for section in (environment, right.low_memory, right.stages_of_horizon):
+            report.run(section, limit=300)
+        assert gpu.operations["aten.convolution.default"] > 100
+    assert not failed(report.as_dict()), report.as_dict()
+    assert report.machine["GPU"] == "pretended"
 
 
 def test_a_section_that_fails_or_hangs_loses_nothing(tmp_path: Path) -> None:
