@@ -34,6 +34,7 @@ from ldm.presets import PRESETS
 from ldm.samplers import (
     EpsFn,
     Generators,
+    Step,
     Steps,
     draw_noise,
     guide,
@@ -284,8 +285,13 @@ class TextToImage:
         """The pictures of a run, in the order of its prompts."""
         for step in self.run(settings, inputs):
             last = step
-        stopped = last.index + 1 < len(inputs.walk(settings, self.schedule).grid)
-        return self.pictures(last.x0 if stopped else last.x_prev, settings, inputs)
+        return self.pictures(self.ended(last, settings, inputs), settings, inputs)
+
+    def ended(self, last: Step, settings: Settings, inputs: Inputs) -> Tensor:
+        """The latents that a run has come to, by its last step: of one that was stopped before its
+        end the clean estimate."""
+        whole = last.index + 1 == len(inputs.walk(settings, self.schedule).grid)
+        return last.x_prev if whole else last.x0
 
     def pictures(self, latents: Tensor, settings: Settings, inputs: Inputs) -> list[Image]:
         """What a run ended in, decoded, and what its mask keeps pasted back if it is to be."""

@@ -73,7 +73,7 @@ class Trace:
         eps: the noise predicted in x; x0: the clean estimate that it implies.
         eps_cond, eps_uncond: with and without the prompt; None at a guidance scale of 1, and where
             some steps were without guidance.
-        latents: after the last step, (1, C, h, w).
+        latents: after the last step, (1, C, h, w); of a run that was stopped, its clean estimate.
         maps: cross-attention weights with the prompt, {layer: (S, rows, columns, L)} float16, the
             mean over heads: at each place they sum to 1 over the L tokens.
         picture: the final latents decoded, (height, width, 3) uint8; None where nobody decoded
@@ -375,8 +375,9 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
             for name, values in tensors.items():
                 if (value := getattr(step, name)) is not None:  # None: there was no guidance
                     values.append(value)
-            latents = step.x_prev
+            last = step
 
+    latents = pipe.ended(last, settings, inputs)
     (picture,) = pipe.pictures(latents, settings, inputs)
     t, t_prev, alpha_bar = zip(*times, strict=True)
     latent_size = (latents.shape[2], latents.shape[3])

@@ -236,6 +236,12 @@ def test_a_trace_of_guidance_on_an_interval_keeps_no_halves(
     assert Trace.load(tmp_path / "run.safetensors").settings == run.settings
 
 
+def test_a_trace_of_a_run_that_was_stopped_ends_in_its_clean_estimate(pipe: TextToImage) -> None:
+    run = trace(pipe, PROMPT, callback=lambda step, count: step.index < 1, **SETTINGS)
+    assert len(run) == 2 and torch.equal(run.latents, run.x0[-1:])
+    assert run.inputs == {"callback": None}
+
+
 def test_a_trace_needs_the_words_that_were_looked_at(pipe: TextToImage) -> None:
     with pytest.raises(ValueError, match="pass the prompt, and no context"):
         trace(pipe, PROMPT, context=pipe.context(["a red house"]), **SETTINGS)
