@@ -10,14 +10,14 @@ which `pipe.run` makes the steps. `load` makes the pipeline.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.checkpoints.download import chosen_tokenizer
 from ldm.checkpoints.filling import fill
@@ -46,9 +46,8 @@ from ldm.samplers import (
 from ldm.samplers.guidance import Scale
 from ldm.schedule import NoiseSchedule
 from ldm.settings import Settings, latent_shape
-from ldm.speed.cpu import optimize, rest
-from ldm.speed.gpu import FastUNet, can_compile, in_float32, optimize_decoder
 from ldm.speed.waiting import told_when_slow
+from ldm.speed.workplace import Workplace
 from ldm.starting import begin
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
@@ -58,9 +57,6 @@ from ldm.vae import AutoencoderKL, Posterior
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LARGE = 30_000_000
-"""From how many parameters on a stage gains by `optimize`; smaller ones spend time on calls."""
-
 
 class TextToImage:
     """A latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), ready to draw.
@@ -69,14 +65,8 @@ class TextToImage:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
-        low_memory, place, fast_unet, optimized: what `optimize` has set. `place` is the GPU that
-            stages come to when they work, where with `low_memory` they do not stay.
+        workplace: where and how they compute, which `optimize` arranges.
     """
-
-    low_memory = False
-    place: torch.device | None = None
-    fast_unet: FastUNet | None = None
-    optimized = False
 
     def __init__(
         self,
@@ -93,6 +83,7 @@ class TextToImage:
         self.schedule = schedule
         self.config = config
         self.origin = origin
+        self.workplace = Workplace()
 
     @classmethod
     def from_plans(
@@ -121,7 +112,7 @@ class TextToImage:
     @property
     def device(self) -> torch.device:
         """Where the stages compute: where their weights are, or come to when they are needed."""
-        return self.place or self.unet.conv_in.weight.device
+        return self.workplace.visited or self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,9 +129,10 @@ class TextToImage:
         """
         device = self.device if device is None else check_device(device)
         dtype = self.dtype if dtype is None else check_dtype(dtype)
-        self.place = device if self.low_memory and device.type == "cuda" else None
+        visited = device if self.workplace.low_memory and device.type == "cuda" else None
+        self.workplace = dataclasses.replace(self.workplace, visited=visited)
         for stage in (self.unet, self.vae, self.text):
-            stage.to(device="cpu" if self.place else device, dtype=dtype)
+            stage.to(device="cpu" if visited else device, dtype=dtype)
         return self
 
     def optimize(self, *, low_memory: bool = False) -> Self:
@@ -163,48 +155,10 @@ class TextToImage:
                 a CUDA device: each stage's weights wait in the CPU's memory until it works, one
                 stage at a time, and nothing is captured or compiled.
         """
-        device, self.optimized, self.low_memory = self.device, True, low_memory
-        self.place, self.fast_unet = None, None
-        large = {
-            stage: sum(weight.numel() for weight in stage.parameters()) >= LARGE
-            for stage in (self.unet, self.vae, self.text)
-        }
-        if device.type != "cuda":
-            for stage in large:
-                if large[stage]:
-                    optimize(stage)
-            return self
-        self.place = device if low_memory else None
-        for stage in large:
-            stage.to("cpu" if low_memory else device)
-        if not low_memory:
-            self.fast_unet = FastUNet(self.unet, compiled=large[self.unet] and can_compile())
-            if large[self.vae]:
-                optimize_decoder(self.vae)
+        self.workplace = Workplace.arranged(
+            self.unet, self.vae, self.text, self.device, low_memory=low_memory
+        )
         return self
-
-    @contextlib.contextmanager
-    def at_work(self, stage: nn.Module) -> Iterator[None]:
-        """A stage while it computes: where it is to, and in the precision that it is to."""
-        if self.place is not None and next(stage.parameters()).device.type != self.place.type:
-            stage.to(self.place)
-        with in_float32(self.device, tf32=self.optimized):
-            yield
-
-    def rest(self, stage: nn.Module) -> None:
-        """With `low_memory`, give back what a stage takes until it works again."""
-        if self.place is not None:
-            stage.to("cpu")
-        elif self.low_memory:
-            rest(stage)
-
-    def ask(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """What the UNet says, in the fastest way that there is: see `UNet.forward`."""
-        with self.at_work(self.unet):
-            fast = self.fast_unet
-            if fast is not None and fast.unet is self.unet:
-                return fast(x, t, context)
-            return self.unet(x, t, context)
 
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's
@@ -404,7 +358,7 @@ class TextToImage:
         if settings.guidance_interval is not None:
             scale = on_interval(settings.guidance_scale, *settings.guidance_interval)
         guided = guide(
-            self.ask,
+            functools.partial(self.workplace.ask, self.unet),
             context.to(self.device, self.dtype).expand(count, -1, -1),
             uncond_context.to(self.device, self.dtype).expand(count, -1, -1),
             scale,
@@ -430,9 +384,9 @@ class TextToImage:
     def context(self, prompts: Sequence[str]) -> Tensor:
         """The text states of prompts, (B, max_length, context_dim). An equal prompt is encoded
         once, and alone, so that an image does not depend on its neighbours in the batch."""
-        with self.at_work(self.text):
+        with self.workplace.at_work(self.text):
             states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
-        self.rest(self.text)
+        self.workplace.rest(self.text)
         return torch.cat([states[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -449,12 +403,12 @@ class TextToImage:
         channels = self.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents must be (B, {channels}, h, w), not {tuple(latents.shape)}")
-        self.rest(self.unet)
+        self.workplace.rest(self.unet)
         images: list[Image] = []
-        with self.at_work(self.vae):
+        with self.workplace.at_work(self.vae):
             for y in decoded(self.vae, latents):  # (1, 3, H, W)
                 images += to_images(y)
-        self.rest(self.vae)
+        self.workplace.rest(self.vae)
         return images
 
     @torch.no_grad()
@@ -485,9 +439,9 @@ class TextToImage:
             levels: grey levels 0 to 255, (B, H, W, 3), sides multiples of the VAE's factor.
         """
         pixels = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
-        with self.at_work(self.vae):
+        with self.workplace.at_work(self.vae):
             each = [self.vae.encode(x) for x in pixels.split(1)]
-        self.rest(self.vae)
+        self.workplace.rest(self.vae)
         return Posterior(torch.cat([p.mean for p in each]), torch.cat([p.logvar for p in each]))
 
 

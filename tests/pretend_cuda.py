@@ -225,7 +225,7 @@ class Gpu(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self.strict = False
-        self.pinned: set[int] = set()
+        self.pinned: dict[int, torch.Tensor] = {}  # held: no address is used anew
         self.captured: list[tuple[Any, ...]] | None = None
 
     def __torch_dispatch__(
@@ -261,7 +261,7 @@ class Gpu(TorchDispatchMode):
         if func is aten._pin_memory.default:
             with _disable_current_modes():
                 pinned = args[0].clone()
-            self.pinned.add(pinned.data_ptr())
+            self.pinned[pinned.data_ptr()] = pinned
             return pinned
         if not there and not on_gpu:
             with _disable_current_modes():

@@ -5,8 +5,9 @@
 - `gpu.py`: the UNet's call as a CUDA graph, and float32 that is float32.
 - `memory.py`: what was freed or can be read again, kept or given back to the system.
 - `waiting.py`: how threads wait for one another, chosen by what else the machine does.
+- `workplace.py`: where the stages of a pipeline compute, and how: what `pipe.optimize` arranges of
+  all this.
 
 Others take `optimize` and `rest`, and for benchmarks `has_onednn` and `linear`; the pipeline
-`FastUNet`, `can_compile`, `in_float32` and `optimize_decoder`;
-the command `choose_wait_policy`, and the pipeline `told_when_slow`.
+`Workplace` and `told_when_slow`; the command `choose_wait_policy`.
 """

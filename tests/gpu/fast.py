@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.pipeline import TextToImage
 from ldm.speed.gpu import FastUNet, can_compile, optimize_decoder
+from ldm.speed.workplace import Workplace
 from tests import oracle_configs
 from tests.gpu.models import config_of, error, gflop, half_of, inputs, moved, random_pipe
 from tests.gpu.report import Report
@@ -119,7 +120,7 @@ def pictures_by_graph(report: Report) -> None:
     """Whole pictures with the UNet captured, and nothing compiled."""
     pipe = random_pipe(report, half_of(report))
     if report.on_gpu:
-        pipe.fast_unet = FastUNet(pipe.unet, compiled=False)
+        pipe.workplace = Workplace(optimized=True, fast_unet=FastUNet(pipe.unet, compiled=False))
     pictures(report, pipe, "graph")
 
 
@@ -165,10 +166,11 @@ def compiled(report: Report) -> None:
     if not report.on_gpu or not can_compile():
         return
     pipe = random_pipe(report, half_of(report))
-    pipe.fast_unet = FastUNet(pipe.unet, compiled=True)
-    seconds = report.seconds_of(lambda: pipe.fast_unet(*inputs(report, half_of(report))))
+    fast = FastUNet(pipe.unet, compiled=True)
+    pipe.workplace = Workplace(optimized=True, fast_unet=fast)
+    seconds = report.seconds_of(lambda: fast(*inputs(report, half_of(report))))
     report.row("the first step, compiled and captured", seconds=round(seconds, 1))
-    fast_step(report, pipe.fast_unet, "compiled, graph")
+    fast_step(report, fast, "compiled, graph")
     optimize_decoder(pipe.vae)
     pictures(report, pipe, "optimized")
 

@@ -17,6 +17,7 @@ import ldm
 from ldm.attention import AttentionWeights
 from ldm.checkpoints.loading import load_stages
 from ldm.layers import Upsample
+from ldm.speed import workplace
 from ldm.speed.cpu import (
     BLOCK,
     FAST,
@@ -336,11 +337,11 @@ def test_an_optimised_pipeline_draws_the_same_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model(tmp_path)
-    monkeypatch.setattr(ldm.pipeline, "LARGE", 1)
+    monkeypatch.setattr(workplace, "LARGE", 1)
     rests = counted(monkeypatch, "trim")
     plain, fast, lean = (ldm.load(folder, device="cpu") for _ in range(3))
-    assert fast.optimize() is fast and not fast.low_memory
-    assert lean.optimize(low_memory=True).low_memory
+    assert fast.optimize() is fast and not fast.workplace.low_memory
+    assert lean.optimize(low_memory=True).workplace.low_memory
     settings = {"steps": 4, "seed": 3, "num_images": 2, "height": 18, "width": 34}
     expected = [step.x_prev for step in plain.denoise("a red house", **settings)][-1]
     pictures = [np.asarray(image, dtype=int) for image in plain.decode(expected)]
@@ -361,7 +362,7 @@ def test_an_optimised_pipeline_draws_the_same_pictures(
 
 def test_low_memory_can_be_taken_back(tmp_path: Path) -> None:
     pipe = ldm.load(tiny_model(tmp_path), device="cpu").optimize(low_memory=True)
-    assert not pipe.optimize().low_memory
+    assert not pipe.optimize().workplace.low_memory
 
 
 def test_small_models_stay_plain() -> None:
