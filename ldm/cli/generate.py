@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +84,10 @@ def run(args: argparse.Namespace) -> int:
     from ldm.pipeline import TextToImage
 
     sources, config = options.open_asked(args)
-    order = order_like(args, config) if args.like else order_asked(args, prompts, config)
+    if args.like:
+        order = order_like(args.like, config, options.asked_pictures(args))
+    else:
+        order = order_asked(args, prompts, config)
     first = order.recipes[0]
     check_sheet(order)
     count = 1 if order.grid else len(order)
@@ -216,13 +219,15 @@ def order_asked(args: argparse.Namespace, prompts: Sequence[str], config: ModelC
     return Order(recipes, inputs, args.num_images, grid=args.grid)
 
 
-def order_like(args: argparse.Namespace, config: ModelConfig) -> Order:
-    """An existing picture's, or a ValueError when its recipes cannot be followed here."""
+def order_like(
+    path: Path, config: ModelConfig, pictures: Mapping[str, Image] | None = None
+) -> Order:
+    """An existing picture's, made from these pictures, by the names of their options; or a
+    ValueError when its recipes cannot be followed here."""
     from ldm.device import check_device
     from ldm.inputs import Inputs
     from ldm.recipe import read_recipes
 
-    path = args.like
     recipes = read_recipes(path)
     first = recipes[0]
     alike = all(
@@ -235,7 +240,7 @@ def order_like(args: argparse.Namespace, config: ModelConfig) -> Order:
     if not (known and alone and alike and len(sizes) == 1):
         raise ValueError(f"the recipe in {path} is not one that ldm wrote")
     check_device(first.device)
-    inputs = Inputs.of(**options.asked_pictures(args))
+    inputs = Inputs.of(**pictures or {})
     check_given(path, first, inputs)
     for one in recipes:
         one.settings.check(config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm import viz
 from ldm.config import SD_V1
+from ldm.vae import Posterior
 from tests.helpers import randn, rng, tiny_config
 from tests.viz.runs import CHANNELS, made_trace, tiny_pipe
 
@@ -34,10 +33,10 @@ class LinearVAE(nn.Module):
 
     config = tiny_config().vae
 
-    def encode(self, x: Tensor) -> types.SimpleNamespace:
+    def encode(self, x: Tensor) -> Posterior:
         colours = F.avg_pool2d(x, self.config.factor)
         z = torch.einsum("brhw,rc->bchw", colours - 0.2, randn(3, 4)) / self.config.scaling_factor
-        return types.SimpleNamespace(mode=lambda: z)
+        return Posterior(z, torch.zeros_like(z))
 
 
 def test_fitting_recovers_an_exactly_linear_map() -> None:
