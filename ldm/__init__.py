@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.inspection import Inspection, inspect
     from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
     from ldm.checkpoints.shipped import shipped_weights
-    from ldm.config import HORIZON, SD_V1, ModelConfig
+    from ldm.config import HORIZON, SD_V1, SD_V2, SD_V2_768, ModelConfig
     from ldm.errors import CheckpointError
     from ldm.observe.hooks import edit, record
     from ldm.observe.traces import Trace, trace
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 HOME = {
     "HORIZON": "config",
     "SD_V1": "config",
+    "SD_V2": "config",
+    "SD_V2_768": "config",
     "AutoencoderKL": "vae",
     "CLIPTextEncoder": "text",
     "CheckpointError": "errors",
@@ -68,6 +70,8 @@ SHELF = (
 __all__ = [
     "HORIZON",
     "SD_V1",
+    "SD_V2",
+    "SD_V2_768",
     "AutoencoderKL",
     "CLIPTextEncoder",
     "CheckpointError",

@@ -1,9 +1,10 @@
 """The text encoder: from a prompt to the context that the UNet reads.
 
 The transformer is `transformers`' own CLIP text model (Radford et al. 2021, arXiv:2103.00020,
-section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token.
+section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token, and so
+does Stable Diffusion 2 with OpenCLIP's, of whose blocks it leaves out the last.
 Prompts are cut and filled to a fixed number of tokens; the mask is causal, and padding is not
-masked, since SD v1 was trained to see it.
+masked, since these models were trained to see it.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class CLIPTextEncoder(nn.Module):
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,
                 max_position_embeddings=config.max_length,
-                hidden_act="quick_gelu",
+                hidden_act="gelu" if config.open_clip else "quick_gelu",
                 bos_token_id=config.bos_token_id,
                 eos_token_id=config.eos_token_id,
-                pad_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
             )
         )
         # transformers 4 wraps the transformer once more, transformers 5 does not.
@@ -92,7 +93,7 @@ class CLIPTextEncoder(nn.Module):
                     f"the {len(known)} words that it knows are listed by `ldm words`",
                     stacklevel=2,
                 )
-            rows.append(tokenizer.pad(ids, self.config.max_length))
+            rows.append(tokenizer.pad(ids, self.config.max_length, self.config.pad_token_id))
         return torch.tensor(rows, dtype=torch.int64, device=self.device)  # (B, max_length)
 
     def encode(self, ids: Tensor) -> Tensor:

@@ -138,10 +138,11 @@ class Tokenizer:
         words = dict.fromkeys(filter(str.isalpha, split_words(text)))
         return [word for word in words if word not in self.words]
 
-    def pad(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """Start token, as many ids as fit, end token, and end tokens up to `max_length`."""
-        kept = [self.bos_token_id, *ids[: max_length - 2]]
-        return kept + [self.eos_token_id] * (max_length - len(kept))
+    def pad(self, ids: Sequence[int], max_length: int, fill: int | None = None) -> list[int]:
+        """Start token, as many ids as fit, end token, and up to `max_length` the token `fill`, by
+        default the end token again."""
+        kept = [self.bos_token_id, *ids[: max_length - 2], self.eos_token_id]
+        return kept + [self.eos_token_id if fill is None else fill] * (max_length - len(kept))
 
     def strings(self, ids: Iterable[int]) -> list[str]:
         """The tokens themselves, for people: `"house</w>"` is a word that ends there."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ldm.checkpoints.entries import Entry
 from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.spellings import stages_in
-from ldm.config import SD_V1, ModelConfig
+from ldm.config import SD_V1, SD_V2, ModelConfig
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
@@ -20,13 +20,17 @@ OTHERS = {
     "controlnet_": "a ControlNet",
     f"{UNET}time_embed.cond_proj.": "a latent consistency model (LCM)",
     "time_embedding.cond_proj.": "a latent consistency model (LCM)",
+    "noise_augmentor.": "Stable Diffusion 2.1 unCLIP",
+    "embedder.model.": "Stable Diffusion 2.1 unCLIP",
+    "depth_model.": "a depth-to-image model",
+    "low_scale_model.": "an upscaler",
     "conditioner.embedders.": "Stable Diffusion XL",
     f"{UNET}label_emb.": "Stable Diffusion XL",
     f"{UNET}joint_blocks.": "Stable Diffusion 3",
     "joint_blocks.": "Stable Diffusion 3",
     f"{UNET}double_blocks.": "Flux",
     "double_blocks.": "Flux",
-    "cond_stage_model.model.": "Stable Diffusion 2",
+    "cond_stage_model.model.visual.": "Stable Diffusion 2.1 unCLIP",
     "down_blocks.": "a part of a diffusers folder (pass the folder)",
     f"{VAE}decoder.up_blocks.": "a part of a diffusers folder (pass the folder)",
 }
@@ -61,7 +65,6 @@ OTHER_INPUTS = {
 }
 # Other widths of the text states that cross-attention reads.
 OTHER_CONTEXTS = {
-    1024: "Stable Diffusion 2 (text states of width 1024)",
     1280: "the refiner of Stable Diffusion XL (text states of width 1280)",
     2048: "Stable Diffusion XL (text states of width 2048)",
 }
@@ -108,6 +111,21 @@ SD_V1_SHAPES = {
     f"{TEXT}embeddings.token_embedding.weight": (49408, 768),
     f"{TEXT}final_layer_norm.weight": (768,),
 }
+
+
+# What tells Stable Diffusion 2 from it: wider text states.
+SD_V2_SHAPES = {
+    f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+    f"{TEXT}embeddings.token_embedding.weight": (49408, 1024),
+}
+
+
+def known_config(entries: Mapping[str, Entry]) -> ModelConfig | None:
+    """Stable Diffusion's config of the version that a file is as wide as, if any. What the UNet
+    predicts, and for which size, is not told by widths: version 2 is there twice."""
+    if any(k in entries and entries[k].shape == shape for k, shape in SD_V2_SHAPES.items()):
+        return SD_V2
+    return SD_V1 if is_sd_v1(entries) else None
 
 
 def is_sd_v1(entries: Mapping[str, Entry]) -> bool:

@@ -283,6 +283,7 @@ class Origin:
 def origin(plans: Mapping[str, Plan]) -> Origin:
     """Where a whole model comes from."""
     archives = {id(p.weights.archive): p.weights.archive for p in plans.values()}.values()
+    keys = {key for plan in plans.values() for key in plan.weights.entries}
     taken = {place.key for plan in plans.values() for place in plan.places.values()}
     return Origin(
         paths={stage: plan.weights.path for stage, plan in plans.items()},
@@ -290,6 +291,6 @@ def origin(plans: Mapping[str, Plan]) -> Origin:
         ema=plans["unet"].ema,
         schedule=plans["unet"].weights.schedule,
         predictions=plans["unet"].weights.predictions,
-        ignored=ignored_in({key for archive in archives for key in archive.entries} - taken),
+        ignored=ignored_in(keys - taken),
         stubs=tuple(dict.fromkeys(stub for archive in archives for stub in archive.stubs)),
     )

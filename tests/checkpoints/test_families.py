@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ldm.checkpoints.entries import Entry
-from ldm.checkpoints.families import is_sd_v1, other_family
+from ldm.checkpoints.families import known_config, other_family
 from ldm.checkpoints.keys import PREFIXES, key_map
 from ldm.checkpoints.spellings import official_name
 from ldm.checkpoints.stages import build_stage
-from ldm.config import SD_V1
+from ldm.config import SD_V1, SD_V2
 from tests.helpers import STAGES, tiny_config
 
 UNET, VAE, TEXT = PREFIXES.values()
@@ -39,7 +39,9 @@ FAMILIES = {
     "Stable Diffusion XL": entries(conditioner__embedders__0__weight=(1,)),
     "Stable Diffusion 3": entries(model__diffusion_model__joint_blocks__0__w=(1,)),
     "Flux": entries(double_blocks__0__img_attn__qkv__weight=(1,)),
-    "Stable Diffusion 2": entries(cond_stage_model__model__ln_final__weight=(1024,)),
+    "Stable Diffusion 2.1 unCLIP": entries(noise_augmentor__betas=(1000,)),
+    "a depth-to-image model ": entries(depth_model__model__bias=(1,)),
+    "an upscaler ": entries(low_scale_model__betas=(350,)),
     "a latent consistency model": entries(
         model__diffusion_model__time_embed__cond_proj__weight=(320, 256)
     ),
@@ -72,7 +74,6 @@ FAMILIES = {
     "an instruct-pix2pix model": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
     "a depth-to-image model": {UNET + "input_blocks.0.0.weight": (320, 5, 3, 3)},
     "an upscaler": {UNET + "input_blocks.0.0.weight": (320, 7, 3, 3)},
-    "Stable Diffusion 2 ": {UNET + "a.attn2.to_k.weight": (320, 1024)},
     "Stable Diffusion XL ": {UNET + "a.attn2.to_k.weight": (640, 2048)},
     "the refiner of Stable Diffusion XL": {UNET + "a.attn2.to_k.weight": (640, 1280)},
 }
@@ -102,23 +103,25 @@ def test_the_parts_of_a_diffusers_autoencoder_are_named() -> None:
 
 
 def test_our_own_models_are_of_no_other_family() -> None:
-    for config in (SD_V1, tiny_config()):
+    for config in (SD_V1, SD_V2, tiny_config()):
         for stage in STAGES:
             with torch.device("meta"):
                 model = build_stage(stage, config)
             state, names = model.state_dict(), key_map(model)
             found = {names[k]: entries(a=tuple(v.shape))["a"] for k, v in state.items()}
             assert other_family(found, config) is None
-            assert is_sd_v1(found) == (config is SD_V1)
+            # The autoencoder is the same.
+            version = SD_V1 if config is SD_V2 and stage == "vae" else config
+            assert known_config(found) == (None if config == tiny_config() else version)
 
 
 def test_a_config_of_ones_own_may_have_any_number() -> None:
     found = {
         UNET + "input_blocks.0.0.weight": entries(a=(32, 8, 3, 3))["a"],
-        UNET + "a.attn2.to_k.weight": entries(a=(32, 1024))["a"],
+        UNET + "a.attn2.to_k.weight": entries(a=(32, 1280))["a"],
     }
     assert "instruct-pix2pix" in (other_family(found) or "")
-    wide = dataclasses.replace(SD_V1.unet, in_channels=8, context_dim=1024)
+    wide = dataclasses.replace(SD_V1.unet, in_channels=8, context_dim=1280)
     assert other_family(found, dataclasses.replace(SD_V1, unet=wide)) is None
 
 

@@ -25,9 +25,10 @@ from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.download import known_files
 from ldm.checkpoints.keys import PREFIXES, key_map
+from ldm.checkpoints.open_clip import joined
 from ldm.checkpoints.spellings import ema_name
 from ldm.checkpoints.stages import build_stage
-from ldm.config import SD_V1
+from ldm.config import SD_V1, SD_V2, ModelConfig
 from tests.checkpoints import malicious as by_hand
 from tests.docs.console import commands, rewrite, run, session, without_bars
 from tests.helpers import (
@@ -72,12 +73,14 @@ def example_files(folder: Path) -> None:
     (folder / "out").mkdir()
 
 
-def official_shapes(stage: str) -> Shapes:
-    """Key -> shape, as Stable Diffusion v1 has them."""
+def official_shapes(stage: str, config: ModelConfig = SD_V1) -> Shapes:
+    """Key -> shape, as official files have them."""
     with torch.device("meta"):
-        model = build_stage(stage, SD_V1)
-    state = model.state_dict()
-    return {official: tuple(state[ours].shape) for ours, official in key_map(model).items()}
+        model = build_stage(stage, config)
+        state = model.state_dict()
+        tensors = {official: state[ours] for ours, official in key_map(model).items()}
+        tensors = joined(tensors) if config.text.open_clip else tensors
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def sparse_safetensors(path: Path, shapes: Shapes, dtype: str, size: int | None = None) -> None:
@@ -130,8 +133,10 @@ def sparse_pickle(path: Path, shapes: Shapes, **beside: bytes) -> None:
 def other_models(folder: Path, sd_v1: Shapes) -> None:
     """What the page lists as refused: as much of each as tells it."""
     first, context = f"{UNET}input_blocks.0.0.weight", "1.transformer_blocks.0.attn2.to_k.weight"
+    sd_v2 = {key: shape for stage in STAGES for key, shape in official_shapes(stage, SD_V2).items()}
     files: dict[str, Shapes] = {
-        "sd-2.safetensors": {f"{UNET}input_blocks.1.{context}": (320, 1024)},
+        "sd-2.safetensors": sd_v2,
+        "unclip.safetensors": {"noise_augmentor.betas": (1000,)},
         "sd-xl.safetensors": {f"{UNET}input_blocks.4.{context}": (640, 2048)},
         "sd-3.safetensors": {f"{UNET}joint_blocks.0.x_block.mlp.fc1.bias": (6144,)},
         "flux.safetensors": {"double_blocks.0.img_attn.qkv.bias": (9216,)},
