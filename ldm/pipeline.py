@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from ldm.adapters import Lora
 from ldm.checkpoints.download import require_tokenizer
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
@@ -52,6 +53,7 @@ class TextToImage:
         unet, vae, text, schedule: the stages, each a plain object that works alone.
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
+        loras: those that were loaded with `load_lora`, in that order.
         low_memory: see `optimize`.
     """
 
@@ -72,6 +74,7 @@ class TextToImage:
         self.schedule = schedule
         self.config = config
         self.origin = origin
+        self.loras: tuple[Lora, ...] = ()
 
     @classmethod
     def from_plans(
@@ -140,9 +143,38 @@ class TextToImage:
                 optimize(stage)
         return self
 
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> Lora:
+        """Add a LoRA: the weights stay what they are, and what it changes is computed beside them.
+
+        Args:
+            path: a file as kohya's trainers, diffusers or PEFT write it (`ldm.checkpoints.lora`).
+            scale: how strongly it counts.
+
+        Returns:
+            A handle: `lora.scale = 0.5`, and `lora.remove()`, after which pictures are as before,
+            bit for bit.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            CheckpointError: it cannot be read, or is no LoRA of this model; one line says why.
+            ValueError: the scale is none.
+        """
+        lora = Lora(path, {"unet": self.unet, "text": self.text}, scale)
+        self.loras = (*(one for one in self.loras if one.is_on), lora)
+        return lora
+
+    def fuse_lora(self) -> Self:
+        """Write all loaded LoRAs into the weights, each by its scale. This cannot be undone, and
+        `save` then saves them. Returns the pipeline itself."""
+        for lora in self.loras:
+            lora.fuse()
+        self.loras = ()
+        return self
+
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's
-        two files beside it. The file appears whole or not at all.
+        two files beside it. The file appears whole or not at all. LoRAs are not in it, unless
+        `fuse_lora` has merged them.
 
         Raises:
             ValueError: it cannot be written there, or another model's tokenizer is there already.

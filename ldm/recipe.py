@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.checkpoints.lora import LARGEST
 from ldm.errors import printable
 from ldm.files import written_whole
 from ldm.settings import Settings
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
 
 KEY = "ldm"
 LONGEST = 4_000_000  # characters of a picture's recipes
+MOST_LORAS = 100
 MAX_SCALE = 64  # a latent of Stable Diffusion's as a square of 512 pixels
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A LoRA that a picture was drawn with.
+
+    Attributes:
+        file, sha256: its file's name and hash.
+        scale: how strongly it counted.
+    """
+
+    file: str
+    sha256: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Recipe:
         versions: of ldm, torch, transformers and Python.
         scale: how many times as wide and high the picture is shown as it was drawn.
         captions: whether its sheet says under each picture what differs.
+        loras: in the order in which they were loaded.
     """
 
     settings: Settings
@@ -50,10 +67,14 @@ class Recipe:
     versions: Mapping[str, str]
     scale: int = 1
     captions: bool = False
+    loras: tuple[Addition, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them; `Recipe.from_dict` turns them back."""
-        return asdict(self) | {"settings": self.settings.as_dict()}
+        """All fields as JSON has them, `loras` only where there are any; `Recipe.from_dict` turns
+        them back."""
+        fields = asdict(self) | {"settings": self.settings.as_dict()}
+        fields["loras"] = [asdict(one) for one in self.loras]
+        return fields if self.loras else {k: v for k, v in fields.items() if k != "loras"}
 
     @classmethod
     def from_dict(cls, fields: object) -> Recipe:
@@ -70,13 +91,25 @@ class Recipe:
         for name in fields.keys() - {"settings"}:
             if not IS_A[kinds[name]](fields[name]):
                 raise ValueError(f"{name} is {fields[name]!r:.80}")
-        return cls(**{**fields, "settings": settings})
+        loras = tuple(Addition(**one) for one in fields.get("loras", ()))
+        return cls(**{**fields, "settings": settings, "loras": loras})
+
+
+def is_addition(value: object) -> bool:
+    """Whether a value of JSON is an `Addition`."""
+    match value:
+        case {"file": str(), "sha256": str(), "scale": int() | float() as scale, **rest}:
+            return not rest and type(scale) is not bool and abs(scale) <= LARGEST
+    return False
 
 
 # What each type of a field may be in JSON.
 IS_A: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int and 1 <= value <= MAX_SCALE,
+    "tuple[Addition, ...]": lambda value: (
+        isinstance(value, list) and len(value) <= MOST_LORAS and all(map(is_addition, value))
+    ),
     "bool": lambda value: isinstance(value, bool),
     "Mapping[str, str]": lambda value: (
         isinstance(value, dict) and all(isinstance(one, str) for one in value.values())

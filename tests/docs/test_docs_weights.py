@@ -29,6 +29,7 @@ from ldm.checkpoints.open_clip import joined
 from ldm.checkpoints.spellings import ema_name
 from ldm.checkpoints.stages import build_stage
 from ldm.config import SD_V1, SD_V2, ModelConfig
+from tests import loras
 from tests.checkpoints import malicious as by_hand
 from tests.docs.console import commands, rewrite, run, session, without_bars
 from tests.helpers import (
@@ -195,6 +196,12 @@ def small_files(folder: Path) -> None:
     for name, content in files.items():
         write_weights(small / f"{name}.safetensors", content, config=config)
     write_weights(small / "no-config.safetensors", tensors)
+    stages = {stage: build_stage(stage, config) for stage in ("unet", "text")}
+    style = loras.kohya(stages, loras.pairs(stages))
+    write_weights(small / "style.safetensors", style)
+    renamed = {key.replace("_to_q.", "_to_query."): value for key, value in style.items()}
+    write_weights(small / "other.safetensors", renamed)
+    write_weights(small / "loha.safetensors", {"lora_unet_mid_block.hada_w1_a": bias.clone()})
     wrong = config_to_json(config).replace('"num_heads": 2', '"num_heads": 5')
     save_file(tensors, small / "heads.safetensors", metadata={"ldm": wrong})
     convert(small, folder / "no-vae")
