@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from ldm.checkpoints.inspection import Inspection, inspect
     from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
     from ldm.checkpoints.shipped import shipped_weights
-    from ldm.config import HORIZON, SD_V1, SD_V2, SD_V2_768, ModelConfig
+    from ldm.config import (
+        HORIZON,
+        SD_V1,
+        SD_V1_INPAINTING,
+        SD_V1_PIX2PIX,
+        SD_V2,
+        SD_V2_768,
+        ModelConfig,
+    )
     from ldm.errors import CheckpointError
     from ldm.observe.hooks import edit, record
     from ldm.observe.traces import Trace, trace
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
 HOME = {
     "HORIZON": "config",
     "SD_V1": "config",
+    "SD_V1_INPAINTING": "config",
+    "SD_V1_PIX2PIX": "config",
     "SD_V2": "config",
     "SD_V2_768": "config",
     "AutoencoderKL": "vae",
@@ -70,6 +80,8 @@ SHELF = (
 __all__ = [
     "HORIZON",
     "SD_V1",
+    "SD_V1_INPAINTING",
+    "SD_V1_PIX2PIX",
     "SD_V2",
     "SD_V2_768",
     "AutoencoderKL",

@@ -1,4 +1,4 @@
-"""What makes one model differ from another: numbers, in frozen dataclasses; and four models.
+"""What makes one model differ from another: numbers, in frozen dataclasses; and some models.
 
 A config says how wide and how deep each stage is; the stages read it. All that it does is to check
 its numbers when it is made: each has a range, stated here and nowhere else, so that whoever makes a
@@ -6,7 +6,8 @@ config, a program or one of the readers of files, gets one that a model can be b
 `ConfigError` of one line. The ranges are wide: they keep out what is damaged, not what is unusual.
 
 `SD_V1` is Stable Diffusion v1 (Rombach et al. 2022, arXiv:2112.10752); `SD_V2` and `SD_V2_768` are
-Stable Diffusion 2.0 and 2.1, for pictures of 512 and of 768 pixels; `HORIZON` is the tiny model
+Stable Diffusion 2.0 and 2.1, for pictures of 512 and of 768 pixels; `SD_V1_INPAINTING` and
+`SD_V1_PIX2PIX` read a picture beside the latents; `HORIZON` is the tiny model
 that ships with this package.
 """
 
@@ -340,6 +341,18 @@ SD_V2 = ModelConfig(
     ),
 )
 SD_V2_768 = dataclasses.replace(SD_V2, name="sd-v2-768", image_size=768, prediction="v")
+
+SD_V1_INPAINTING = dataclasses.replace(
+    SD_V1,
+    name="sd-v1-inpainting",
+    unet=UNetConfig(in_channels=9),  # the latents, the mask, the latents of what is kept
+)
+SD_V1_PIX2PIX = dataclasses.replace(
+    SD_V1,
+    name="sd-v1-pix2pix",
+    unet=UNetConfig(in_channels=8),  # the latents, those of the picture that is to be changed
+)
+OFFICIAL = (SD_V1, SD_V2, SD_V2_768, SD_V1_INPAINTING, SD_V1_PIX2PIX)
 
 HORIZON = ModelConfig(
     name="horizon",

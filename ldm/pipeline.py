@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.adapters import Lora
 from ldm.checkpoints.download import require_tokenizer
+from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
@@ -170,6 +171,26 @@ class TextToImage:
             lora.fuse()
         self.loras = ()
         return self
+
+    def load_embedding(self, path: str | Path, word: str | None = None) -> str:
+        """Teach the text encoder a word (textual inversion), for this pipeline: `save` leaves it
+        out.
+
+        Args:
+            path: a file as A1111's program or diffusers write it (`ldm.checkpoints.embedding`).
+            word: what it is called in prompts; None is the word of the file.
+
+        Returns:
+            The word.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            CheckpointError: it cannot be read, or is no word of this model; one line says why.
+            ValueError: the vocabulary has the word already, or no prompt can have it.
+        """
+        found, vectors = read_embedding(path, self.text.config.hidden_size)
+        self.text.add_word(word or found, vectors)
+        return word or found
 
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -17,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import LINE
 from ldm.files import file_sha256
-from ldm.recipe import KEY, LONGEST, Recipe, installed_versions, read_recipes, save_png
+from ldm.recipe import KEY, LONGEST, Addition, Recipe, installed_versions, read_recipes, save_png
 from ldm.settings import Settings
 
 RECIPE = Recipe(
@@ -47,6 +48,9 @@ def test_a_recipe_survives_in_the_picture_bit_for_bit(tmp_path: Path) -> None:
     image = Image.new("RGB", (24, 16), (3, 100, 200))
     save_png(image, path, [RECIPE, RECIPE])
     assert read_recipes(path) == [RECIPE, RECIPE]
+    drawn_with = dataclasses.replace(RECIPE, loras=(Addition("家", "0" * 64, -0.3),) * 2)
+    save_png(image, path, [RECIPE, drawn_with])
+    assert read_recipes(path) == [RECIPE, drawn_with]
     with Image.open(path) as again:
         assert again.tobytes() == image.tobytes()
 
@@ -96,6 +100,10 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
         (lambda f: f.update(scale=0), "scale is 0"),
         (lambda f: f.update(scale=10**9), "scale is 1000000000"),
         (lambda f: f.update(captions=1), "captions is 1"),
+        (lambda f: f.update(loras="a"), "loras is 'a'"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0"}]), "loras is"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0", "scale": True}]), "loras is"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0", "scale": 1e9}]), "loras is"),
         (lambda f: f.update(model="\x1b]0;owned\x07" * 10**5, ema=3), "ema is 3"),
         (lambda f: f.update({"\x1b]0;owned\x07": 3}), "a recipe has the fields settings, model"),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ldm.checkpoints.entries import Entry
 from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.spellings import stages_in
-from ldm.config import SD_V1, SD_V2, ModelConfig
+from ldm.config import SD_V1, SD_V1_INPAINTING, SD_V1_PIX2PIX, SD_V2, ModelConfig
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
@@ -70,13 +70,15 @@ OTHER_CONTEXTS = {
 }
 
 
-def other_family(entries: Mapping[str, Entry], config: ModelConfig = SD_V1) -> str | None:
+def other_family(entries: Mapping[str, Entry], config: ModelConfig | None = None) -> str | None:
     """What a file is when it is none of our models; None where nothing speaks against it.
 
     Args:
         entries: by official keys.
-        config: of the model that it should be: a number that is its own speaks not against it.
+        config: of the model that it should be, by default the official one that it is as wide as: a
+            number that is its own speaks not against it.
     """
+    config = config or known_config(entries) or SD_V1
     if not stages_in(entries) and (addition := addition_in(entries)):
         return f"{addition}, an addition to a model"
     for beginning, name in OTHERS.items():
@@ -125,6 +127,10 @@ def known_config(entries: Mapping[str, Entry]) -> ModelConfig | None:
     predicts, and for which size, is not told by widths: version 2 is there twice."""
     if any(k in entries and entries[k].shape == shape for k, shape in SD_V2_SHAPES.items()):
         return SD_V2
+    first = entries.get(f"{UNET}input_blocks.0.0.weight")
+    for config in (SD_V1_INPAINTING, SD_V1_PIX2PIX):
+        if first is not None and first.shape == (320, config.unet.in_channels, 3, 3):
+            return config
     return SD_V1 if is_sd_v1(entries) else None
 
 

@@ -20,7 +20,16 @@ from ldm.checkpoints.planning import check_blocks, plan
 from ldm.checkpoints.recognise import Weights, official_entries, own_config, understood
 from ldm.checkpoints.spellings import EMA, ema_name, ignored_in, is_expendable, stages_in
 from ldm.checkpoints.stages import STAGES
-from ldm.config import SD_V1, SD_V2, SD_V2_768, ModelConfig, TextConfig
+from ldm.config import (
+    OFFICIAL,
+    SD_V1,
+    SD_V1_INPAINTING,
+    SD_V1_PIX2PIX,
+    SD_V2,
+    SD_V2_768,
+    ModelConfig,
+    TextConfig,
+)
 from ldm.errors import CheckpointError, DtypeError, KeysError, ShapeError, printable, some
 from ldm.files import file_sha256
 
@@ -224,17 +233,18 @@ FAMILIES = {
     SD_V1.name: "Stable Diffusion v1",
     SD_V2.name: "Stable Diffusion 2",
     SD_V2_768.name: "Stable Diffusion 2 (768)",
+    SD_V1_INPAINTING.name: "Stable Diffusion v1, inpainting",
+    SD_V1_PIX2PIX.name: "Stable Diffusion v1, instruct-pix2pix",
 }
-KNOWN = (SD_V1, SD_V2, SD_V2_768)
 
 
 def family_of(
     entries: Mapping[str, Entry], config: ModelConfig | None
 ) -> tuple[str, ModelConfig | None]:
     """The name of the kind of model, and its config where that is known."""
-    if other := other_family(entries, config or SD_V1):
+    if other := other_family(entries, config):
         return other, None
-    if config is not None and config not in KNOWN:
+    if config is not None and config not in OFFICIAL:
         return config.name, config
     found = config or known_config(entries)
     if found is not None:

@@ -168,10 +168,10 @@ def joint_config(sources: Mapping[str, Weights]) -> ModelConfig:
         ConfigError: the stages do not belong together.
     """
     unet, vae, text = (sources[stage].config for stage in STAGES)
-    if vae.vae.latent_channels != unet.unet.in_channels:
+    if vae.vae.latent_channels != unet.unet.out_channels:
         raise ConfigError(
             f"{sources['vae'].path} makes latents of {vae.vae.latent_channels} channels, "
-            f"the unet of {sources['unet'].path} reads {unet.unet.in_channels}"
+            f"the unet of {sources['unet'].path} reads {unet.unet.out_channels}"
         )
     if text.text.hidden_size != unet.unet.context_dim:
         raise ConfigError(

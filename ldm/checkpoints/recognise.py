@@ -101,7 +101,7 @@ def understood(
     Raises:
         FamilyError, ConfigError: as `recognise`.
     """
-    if other := other_family(entries, config or SD_V1):
+    if other := other_family(entries, config):
         raise FamilyError(f"{archive.path} is {other}; {LOADS}")
     if config is None and stages_in(entries) and not known_config(entries):
         raise ConfigError(

@@ -12,7 +12,7 @@ from ldm.checkpoints.families import known_config, other_family
 from ldm.checkpoints.keys import PREFIXES, key_map
 from ldm.checkpoints.spellings import official_name
 from ldm.checkpoints.stages import build_stage
-from ldm.config import SD_V1, SD_V2
+from ldm.config import OFFICIAL, SD_V1
 from tests.helpers import STAGES, tiny_config
 
 UNET, VAE, TEXT = PREFIXES.values()
@@ -70,8 +70,8 @@ FAMILIES = {
     "a part of a diffusers folder": entries(down_blocks__0__resnets__0__conv1__weight=(1,)),
     "a LoRA": entries(lora_unet_down_blocks_0_attentions_0__lora_down__weight=(4, 320)),
     "a textual inversion": entries(emb_params=(2, 768)),
-    "an inpainting model": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
-    "an instruct-pix2pix model": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
+    "an inpainting model": {UNET + "input_blocks.0.0.weight": (64, 9, 3, 3)},
+    "an instruct-pix2pix model": {UNET + "input_blocks.0.0.weight": (64, 8, 3, 3)},
     "a depth-to-image model": {UNET + "input_blocks.0.0.weight": (320, 5, 3, 3)},
     "an upscaler": {UNET + "input_blocks.0.0.weight": (320, 7, 3, 3)},
     "Stable Diffusion XL ": {UNET + "a.attn2.to_k.weight": (640, 2048)},
@@ -103,16 +103,20 @@ def test_the_parts_of_a_diffusers_autoencoder_are_named() -> None:
 
 
 def test_our_own_models_are_of_no_other_family() -> None:
-    for config in (SD_V1, SD_V2, tiny_config()):
+    for config in (*OFFICIAL, tiny_config()):
         for stage in STAGES:
             with torch.device("meta"):
                 model = build_stage(stage, config)
             state, names = model.state_dict(), key_map(model)
             found = {names[k]: entries(a=tuple(v.shape))["a"] for k, v in state.items()}
             assert other_family(found, config) is None
-            # The autoencoder is the same.
-            version = SD_V1 if config is SD_V2 and stage == "vae" else config
-            assert known_config(found) == (None if config == tiny_config() else version)
+            if (
+                config in OFFICIAL
+            ):  # the autoencoders are the same, and what is predicted is not told
+                told = {"unet": config.unet, "vae": SD_V1.vae, "text": config.text}[stage]
+                assert getattr(known_config(found), stage) == told
+            else:
+                assert known_config(found) is None
 
 
 def test_a_config_of_ones_own_may_have_any_number() -> None:

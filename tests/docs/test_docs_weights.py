@@ -141,6 +141,7 @@ def other_models(folder: Path, sd_v1: Shapes) -> None:
         "sd-xl.safetensors": {f"{UNET}input_blocks.4.{context}": (640, 2048)},
         "sd-3.safetensors": {f"{UNET}joint_blocks.0.x_block.mlp.fc1.bias": (6144,)},
         "flux.safetensors": {"double_blocks.0.img_attn.qkv.bias": (9216,)},
+        "depth.safetensors": sd_v1 | {first: (320, 5, 3, 3)},
         "inpainting.safetensors": sd_v1 | {first: (320, 9, 3, 3)},
         "pix2pix.safetensors": sd_v1 | {first: (320, 8, 3, 3)},
         "controlnet.safetensors": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},

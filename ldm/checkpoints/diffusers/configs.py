@@ -18,9 +18,8 @@ from ldm.checkpoints.entries import Archive
 from ldm.checkpoints.families import OTHER_INPUTS
 from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER, SCHEDULER_BESIDE
 from ldm.config import (
+    OFFICIAL,
     SD_V1,
-    SD_V2,
-    SD_V2_768,
     ModelConfig,
     ScheduleConfig,
     TextConfig,
@@ -89,6 +88,11 @@ TEXT_FIXED = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
 ACTIVATIONS = {False: "quick_gelu", True: "gelu"}  # whether a text encoder is OpenCLIP's
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+# diffusers' pipeline, by the UNet's channels, in and out, where they differ.
+PIPELINES = {
+    (9, 4): "StableDiffusionInpaintPipeline",
+    (8, 4): "StableDiffusionInstructPix2PixPipeline",
+}
 VAE_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
@@ -191,7 +195,7 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
         raise file.family("a latent consistency model (LCM)")
     if added := file.get("addition_embed_type"):
         raise file.family(f"Stable Diffusion XL (addition_embed_type {added!r:.80})")
-    if in_channels != out_channels:
+    if in_channels != out_channels and (in_channels, out_channels) not in PIPELINES:
         what = f"a model with {in_channels} input and {out_channels} output channels"
         raise file.family(OTHER_INPUTS.get(in_channels, what))
     file.check_fixed(UNET_FIXED)
@@ -368,11 +372,9 @@ def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
         with said_of(files["unet"].path):
             image_size = files["unet"].whole("sample_size", 64) * vae.factor
             config = dataclasses.replace(config, image_size=image_size)
-    known = (dataclasses.replace(config, name=one.name) for one in (SD_V1, SD_V2, SD_V2_768))
-    return next(
-        (one for one in known if one in (SD_V1, SD_V2, SD_V2_768)),
-        dataclasses.replace(config, name=name),
-    )
+    known = (dataclasses.replace(config, name=one.name) for one in OFFICIAL)
+    own = dataclasses.replace(config, name=name)
+    return next((one for one in known if one in OFFICIAL), own)
 
 
 def unet_block_types(config: UNetConfig) -> tuple[list[str], list[str]]:

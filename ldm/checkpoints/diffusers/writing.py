@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers.configs import (
     ACTIVATIONS,
     CLASSES,
+    PIPELINES,
     PREDICTION_TYPES,
     VAE_BLOCKS,
     ConfigFile,
@@ -113,7 +114,9 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
     files: dict[str, dict[str, Any]] = {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": PIPELINES.get(
+                (unet.in_channels, unet.out_channels), "StableDiffusionPipeline"
+            ),
             "_diffusers_version": DIFFUSERS_VERSION,
             "feature_extractor": [None, None],
             "image_encoder": [None, None],

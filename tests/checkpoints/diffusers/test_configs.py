@@ -184,8 +184,8 @@ def test_other_ways_to_say_sd_v1(change: tuple[str, str, Any]) -> None:
 
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sdxl": ("unet", {"addition_embed_type": "text_time"}, "this is Stable Diffusion XL"),
-    "inpainting": ("unet", {"in_channels": 9}, "this is an inpainting model"),
-    "pix2pix": ("unet", {"in_channels": 8}, "this is an instruct-pix2pix model"),
+    "depth": ("unet", {"in_channels": 5}, "this is a depth-to-image model"),
+    "upscaler": ("unet", {"in_channels": 7}, "this is an upscaler"),
     "learnt-variance": ("unet", {"out_channels": 8}, "4 input and 8 output channels"),
     "unet-class": ("unet", {"_class_name": "UNet2DModel"}, "of the class 'UNet2DModel'"),
     "act": ("unet", {"act_fn": "gelu"}, "act_fn is 'gelu', not 'silu'"),
