@@ -71,7 +71,17 @@ HOME = {
 }
 # What stands on the top shelf, and the rooms: `ldm.samplers.ddim`, after `import ldm` alone.
 SHELF = (
-    *("attention", "config", "layers", "pipeline", "presets", "recipe", "samplers", "schedule"),
+    *(
+        "adapters",
+        "attention",
+        "config",
+        "layers",
+        "pipeline",
+        "presets",
+        "recipe",
+        "samplers",
+        "schedule",
+    ),
     *("settings", "text", "tokenizer", "unet", "vae"),
     *("device", "errors", "files", "pictures", "version"),
     *("checkpoints", "evaluate", "observe", "speed", "train", "viz", "worlds"),

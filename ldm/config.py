@@ -73,6 +73,7 @@ class UNetConfig:
             raise wrong(self, "attention_levels", f"a rising tuple of {there}")
         attending = [self.channel_mult[level] for level in (*levels, -1)]
         widths = [self.model_channels * mult for mult in attending]
+        check_whole(self, 0, WIDEST, "head_width")
         check_divides(self, "num_heads" if self.head_width == 0 else "head_width", widths)
         if not isinstance(self.linear_projections, bool):
             raise wrong(self, "linear_projections", "true or false")

@@ -209,7 +209,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sd3-vae": ("vae", {"use_quant_conv": False}, "use_quant_conv is False"),
     "vae-levels": ("vae", {"up_block_types": ["UpDecoderBlock2D"] * 3}, "one UpDecoderBlock2D"),
     "vae-sides": ("vae", {"out_channels": 6}, "out_channels is 6"),
-    "openclip": ("text", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'quick_gelu'"),
+    "activation": ("text", {"hidden_act": "relu"}, "hidden_act is 'relu', not 'quick_gelu' or"),
     "bert": ("text", {"model_type": "bert"}, "model_type is 'bert'"),
     "flow": ("schedule", {"prediction_type": "flow_prediction"}, "is 'flow_prediction', not eps"),
     "linear": ("schedule", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
