@@ -53,6 +53,11 @@ ADDITIONS = {
     "string_to_param.": "a textual inversion",
     "emb_params": "a textual inversion",
 }
+# How those are loaded that ldm knows.
+LOADED_BY = {
+    "a LoRA": " (load the model, then pipe.load_lora)",
+    "a textual inversion": " (load the model, then pipe.load_embedding)",
+}
 # The widths of the text states to which a textual inversion adds: those of Stable Diffusion 1, 2
 # and XL; and how many tensors it can have.
 WORD_WIDTHS, MOST_WORDS = {768, 1024, 1280}, 8
@@ -80,7 +85,8 @@ def other_family(entries: Mapping[str, Entry], config: ModelConfig | None = None
     """
     config = config or known_config(entries) or SD_V1
     if not stages_in(entries) and (addition := addition_in(entries)):
-        return f"{addition}, an addition to a model"
+        how = LOADED_BY.get(addition, "")
+        return f"{addition}, an addition to a model{how}"
     for beginning, name in OTHERS.items():
         if any(key.startswith(beginning) for key in entries):
             return name

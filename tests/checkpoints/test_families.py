@@ -88,7 +88,7 @@ def test_other_families_are_named(name: str, found) -> None:
 def test_additions_are_said_to_be_that() -> None:
     for key in ("body.0.block1.weight", "ip_adapter.1.to_k_ip.weight", "<word>"):
         found = other_family({key: entries(a=(768,))["a"]}) or ""
-        assert found.endswith(", an addition to a model")
+        assert ", an addition to a model" in found
 
 
 def test_a_few_tensors_of_another_width_are_no_textual_inversion() -> None:
