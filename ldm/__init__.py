@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from ldm.checkpoints.inspection import Inspection, inspect
     from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
     from ldm.checkpoints.shipped import shipped_weights
-    from ldm.config import HORIZON, SD_V1, ModelConfig
+    from ldm.config import (
+        HORIZON,
+        SD_V1,
+        SD_V1_INPAINTING,
+        SD_V1_PIX2PIX,
+        SD_V2,
+        SD_V2_768,
+        ModelConfig,
+    )
     from ldm.errors import CheckpointError
     from ldm.inputs import Inputs
     from ldm.observe.hooks import edit, record
@@ -37,6 +45,10 @@ if TYPE_CHECKING:
 HOME = {
     "HORIZON": "config",
     "SD_V1": "config",
+    "SD_V1_INPAINTING": "config",
+    "SD_V1_PIX2PIX": "config",
+    "SD_V2": "config",
+    "SD_V2_768": "config",
     "AutoencoderKL": "vae",
     "CLIPTextEncoder": "text",
     "CheckpointError": "errors",
@@ -62,6 +74,7 @@ HOME = {
 # What stands on the top shelf, and the rooms: `ldm.samplers.ddim`, after `import ldm` alone.
 SHELF = (
     *(
+        "adapters",
         "attention",
         "config",
         "inputs",
@@ -80,6 +93,10 @@ SHELF = (
 __all__ = [
     "HORIZON",
     "SD_V1",
+    "SD_V1_INPAINTING",
+    "SD_V1_PIX2PIX",
+    "SD_V2",
+    "SD_V2_768",
     "AutoencoderKL",
     "CLIPTextEncoder",
     "CheckpointError",

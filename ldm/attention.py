@@ -86,6 +86,15 @@ class FeedForward(nn.Module):
         return self.proj_out(value * F.gelu(gate))
 
 
+class Pointwise(nn.Linear):
+    """A linear layer at each place of a feature map: a convolution of 1x1 whose weight is a matrix,
+    as Stable Diffusion 2 has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_features, H, W) -> (B, out_features, H, W)."""
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
 class SpatialTransformer(nn.Module):
     """A transformer block over the places of a feature map: look around, read the prompt, think.
 
@@ -93,18 +102,31 @@ class SpatialTransformer(nn.Module):
     normalised first; then it is folded back (LDM, section 3.3 and appendix E.2.1).
     """
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int, norm_groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int,
+        num_heads: int,
+        norm_groups: int,
+        linear_projections: bool = False,
+    ) -> None:
         super().__init__()
+
+        def projection() -> nn.Linear | nn.Conv2d:
+            if linear_projections:
+                return Pointwise(channels, channels)
+            return nn.Conv2d(channels, channels, 1)
+
         # 1e-6, where the UNet's ResBlocks have 1e-5: so SD v1 was trained.
         self.norm_in = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = projection()
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
         self.cross_attention = Attention(channels, context_dim, num_heads)
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = projection()
         zero_(self.proj_out)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
-"""What makes one model differ from another: numbers, in frozen dataclasses; and two models.
+"""What makes one model differ from another: numbers, in frozen dataclasses; and some models.
 
 A config says how wide and how deep each stage is; the stages read it. All that it does is to check
 its numbers when it is made: each has a range, stated here and nowhere else, so that whoever makes a
 config, a program or one of the readers of files, gets one that a model can be built from, or a
 `ConfigError` of one line. The ranges are wide: they keep out what is damaged, not what is unusual.
 
-`SD_V1` is Stable Diffusion v1 (Rombach et al. 2022, arXiv:2112.10752); `HORIZON` is the tiny
-model that ships with this package.
+`SD_V1` is Stable Diffusion v1 (Rombach et al. 2022, arXiv:2112.10752); `SD_V2` and `SD_V2_768` are
+Stable Diffusion 2.0 and 2.1, for pictures of 512 and of 768 pixels; `SD_V1_INPAINTING` and
+`SD_V1_PIX2PIX` read a picture beside the latents; `HORIZON` is the tiny model
+that ships with this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -49,6 +52,13 @@ class UNetConfig:
     """Width of the text states, 1 to 65,536."""
     norm_groups: int = 32
     """Divides the channels of every level."""
+    head_width: int = 0
+    """Channels of a head, a divisor of the channels wherever there is attention: wider levels have
+    more heads, and `num_heads` does not count (Stable Diffusion 2: 64). 0: every level has
+    `num_heads`."""
+    linear_projections: bool = False
+    """Whether a transformer's first and last layer are linear (Stable Diffusion 2), or convolutions
+    of 1x1: the same sums, in weights of another shape."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a number out of its range."""
@@ -62,8 +72,16 @@ class UNetConfig:
             there = f"levels from 0 to {len(self.channel_mult) - 1}"
             raise wrong(self, "attention_levels", f"a rising tuple of {there}")
         attending = [self.channel_mult[level] for level in (*levels, -1)]
-        check_divides(self, "num_heads", [self.model_channels * mult for mult in attending])
+        widths = [self.model_channels * mult for mult in attending]
+        check_whole(self, 0, WIDEST, "head_width")
+        check_divides(self, "num_heads" if self.head_width == 0 else "head_width", widths)
+        if not isinstance(self.linear_projections, bool):
+            raise wrong(self, "linear_projections", "true or false")
         check_whole(self, 1, WIDEST, "context_dim")
+
+    def heads(self, channels: int) -> int:
+        """How many heads the attention over so many channels has."""
+        return channels // self.head_width if self.head_width else self.num_heads
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,9 @@ class TextConfig:
     """Starts a prompt; a token of the vocabulary, as `eos_token_id`."""
     eos_token_id: int = 49407
     """Ends a prompt, and fills the rest of its `max_length` places."""
+    open_clip: bool = False
+    """Whether it is one of OpenCLIP's (Stable Diffusion 2): its layers have GELU where OpenAI's
+    CLIP has a quick approximation, and the rest of the places is filled with token 0."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a number out of its range."""
@@ -126,6 +147,13 @@ class TextConfig:
         check_divides(self, "num_heads", [self.hidden_size])
         check_whole(self, 2, WIDEST, "max_length")
         check_whole(self, 0, self.vocab_size - 1, "bos_token_id", "eos_token_id")
+        if not isinstance(self.open_clip, bool):
+            raise wrong(self, "open_clip", "true or false")
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills the places after a prompt's end."""
+        return 0 if self.open_clip else self.eos_token_id
 
 
 @dataclass(frozen=True)
@@ -300,6 +328,32 @@ def check_divides(config: object, name: str, widths: list[int]) -> None:
 
 
 SD_V1 = ModelConfig(name="sd-v1", image_size=512)
+
+SD_V2 = ModelConfig(
+    name="sd-v2",
+    image_size=512,
+    unet=UNetConfig(head_width=64, linear_projections=True, context_dim=1024),
+    text=TextConfig(
+        hidden_size=1024,
+        num_layers=23,  # of OpenCLIP ViT-H's 24: the last is not run
+        num_heads=16,
+        mlp_size=4096,
+        open_clip=True,
+    ),
+)
+SD_V2_768 = dataclasses.replace(SD_V2, name="sd-v2-768", image_size=768, prediction="v")
+
+SD_V1_INPAINTING = dataclasses.replace(
+    SD_V1,
+    name="sd-v1-inpainting",
+    unet=UNetConfig(in_channels=9),  # the latents, the mask, the latents of what is kept
+)
+SD_V1_PIX2PIX = dataclasses.replace(
+    SD_V1,
+    name="sd-v1-pix2pix",
+    unet=UNetConfig(in_channels=8),  # the latents, those of the picture that is to be changed
+)
+OFFICIAL = (SD_V1, SD_V2, SD_V2_768, SD_V1_INPAINTING, SD_V1_PIX2PIX)
 
 HORIZON = ModelConfig(
     name="horizon",

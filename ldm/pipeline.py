@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor
 
+from ldm.adapters import Lora
 from ldm.checkpoints.download import chosen_tokenizer
+from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
@@ -66,6 +68,7 @@ class TextToImage:
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
         workplace: where and how they compute, which `optimize` arranges.
+        loras: those that were loaded with `load_lora`, in that order.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class TextToImage:
         self.config = config
         self.origin = origin
         self.workplace = Workplace()
+        self.loras: tuple[Lora, ...] = ()
 
     @classmethod
     def from_plans(
@@ -160,9 +164,58 @@ class TextToImage:
         )
         return self
 
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> Lora:
+        """Add a LoRA: the weights stay what they are, and what it changes is computed beside them.
+
+        Args:
+            path: a file as kohya's trainers, diffusers or PEFT write it (`ldm.checkpoints.lora`).
+            scale: how strongly it counts.
+
+        Returns:
+            A handle: `lora.scale = 0.5`, and `lora.remove()`, after which pictures are as before,
+            bit for bit.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            CheckpointError: it cannot be read, or is no LoRA of this model; one line says why.
+            ValueError: the scale is none.
+        """
+        lora = Lora(path, {"unet": self.unet, "text": self.text}, scale)
+        self.loras = (*(one for one in self.loras if one.is_on), lora)
+        return lora
+
+    def fuse_lora(self) -> Self:
+        """Write all loaded LoRAs into the weights, each by its scale. This cannot be undone, and
+        `save` then saves them. Returns the pipeline itself."""
+        for lora in self.loras:
+            lora.fuse()
+        self.loras = ()
+        return self
+
+    def load_embedding(self, path: str | Path, word: str | None = None) -> str:
+        """Teach the text encoder a word (textual inversion), for this pipeline: `save` leaves it
+        out.
+
+        Args:
+            path: a file as A1111's program or diffusers write it (`ldm.checkpoints.embedding`).
+            word: what it is called in prompts; None is the word of the file.
+
+        Returns:
+            The word.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            CheckpointError: it cannot be read, or is no word of this model; one line says why.
+            ValueError: the vocabulary has the word already, or no prompt can have it.
+        """
+        found, vectors = read_embedding(path, self.text.config.hidden_size)
+        self.text.add_word(word or found, vectors)
+        return word or found
+
     def save(self, path: str | Path) -> None:
         """Write all weights as one safetensors file in the official layout, and the tokenizer's
-        two files beside it. The file appears whole or not at all.
+        two files beside it. The file appears whole or not at all. LoRAs are not in it, unless
+        `fuse_lora` has merged them.
 
         Raises:
             ValueError: it cannot be written there, or another model's tokenizer is there already.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.checkpoints.lora import LARGEST
 from ldm.errors import printable
 from ldm.files import written_whole
 from ldm.inputs import Held, held_as_dict, held_from_dict
@@ -25,7 +26,22 @@ if TYPE_CHECKING:
 
 KEY = "ldm"
 LONGEST = 4_000_000  # characters of a picture's recipes
+MOST_LORAS = 100
 MAX_SCALE = 64  # a latent of Stable Diffusion's as a square of 512 pixels
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A LoRA that a picture was drawn with.
+
+    Attributes:
+        file, sha256: its file's name and hash.
+        scale: how strongly it counted.
+    """
+
+    file: str
+    sha256: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Recipe:
         captions: whether its sheet says under each picture what differs.
         inputs: what else the run was given, by name (`Inputs.held`): whoever repeats it must have
             the same again. None is a function, of which there is no record.
+        loras: in the order in which they were loaded.
     """
 
     settings: Settings
@@ -54,6 +71,7 @@ class Recipe:
     scale: int = 1
     captions: bool = False
     inputs: Mapping[str, Held | None] = field(default_factory=dict)
+    loras: tuple[Addition, ...] = ()
 
     @property
     def repeatable(self) -> bool:
@@ -61,9 +79,12 @@ class Recipe:
         return None not in self.inputs.values()
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them; `Recipe.from_dict` turns them back."""
+        """All fields as JSON has them, `loras` only where there are any; `Recipe.from_dict` turns
+        them back."""
         inputs = held_as_dict(self.inputs)
-        return asdict(self) | {"settings": self.settings.as_dict(), "inputs": inputs}
+        fields = asdict(self) | {"settings": self.settings.as_dict(), "inputs": inputs}
+        fields["loras"] = [asdict(one) for one in self.loras]
+        return fields if self.loras else {k: v for k, v in fields.items() if k != "loras"}
 
     @classmethod
     def from_dict(cls, fields: object) -> Recipe:
@@ -73,7 +94,12 @@ class Recipe:
             ValueError: there are other fields, or one is of another type.
         """
         kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        needed = kinds.keys() - {"scale", "captions", "inputs"}  # as older recipes have not
+        needed = kinds.keys() - {
+            "scale",
+            "captions",
+            "inputs",
+            "loras",
+        }  # as older recipes have not
         if not isinstance(fields, Mapping) or not needed <= fields.keys() <= kinds.keys():
             raise ValueError(f"a recipe has the fields {', '.join(kinds)}")
         settings = Settings.from_dict(fields["settings"])
@@ -81,13 +107,25 @@ class Recipe:
         for name in fields.keys() - {"settings", "inputs"}:
             if not IS_A[kinds[name]](fields[name]):
                 raise ValueError(f"{name} is {fields[name]!r:.80}")
-        return cls(**{**fields, "settings": settings, "inputs": inputs})
+        loras = tuple(Addition(**one) for one in fields.get("loras", ()))
+        return cls(**{**fields, "settings": settings, "inputs": inputs, "loras": loras})
+
+
+def is_addition(value: object) -> bool:
+    """Whether a value of JSON is an `Addition`."""
+    match value:
+        case {"file": str(), "sha256": str(), "scale": int() | float() as scale, **rest}:
+            return not rest and type(scale) is not bool and abs(scale) <= LARGEST
+    return False
 
 
 # What each type of a field may be in JSON.
 IS_A: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int and 1 <= value <= MAX_SCALE,
+    "tuple[Addition, ...]": lambda value: (
+        isinstance(value, list) and len(value) <= MOST_LORAS and all(map(is_addition, value))
+    ),
     "bool": lambda value: isinstance(value, bool),
     "Mapping[str, str]": lambda value: (
         isinstance(value, dict) and all(isinstance(one, str) for one in value.values())

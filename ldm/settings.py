@@ -151,6 +151,10 @@ class Settings:
     def check(self, config: ModelConfig) -> None:
         """A ValueError in one line for the first setting that a model of this config cannot
         follow."""
+        unet = config.unet
+        if unet.in_channels != unet.out_channels:
+            told = f"{config.name} reads {unet.in_channels} channels, a picture beside the latents"
+            raise ValueError(f"{told}: ldm loads and converts it, and cannot draw with it")
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("the prompt is empty")
         if not isinstance(self.negative_prompt, str) and not (

@@ -1,9 +1,10 @@
 """The text encoder: from a prompt to the context that the UNet reads.
 
 The transformer is `transformers`' own CLIP text model (Radford et al. 2021, arXiv:2103.00020,
-section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token.
+section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token, and so
+does Stable Diffusion 2 with OpenCLIP's, of whose blocks it leaves out the last.
 Prompts are cut and filled to a fixed number of tokens; the mask is causal, and padding is not
-masked, since SD v1 was trained to see it.
+masked, since these models were trained to see it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
@@ -45,10 +47,10 @@ class CLIPTextEncoder(nn.Module):
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,
                 max_position_embeddings=config.max_length,
-                hidden_act="quick_gelu",
+                hidden_act="gelu" if config.open_clip else "quick_gelu",
                 bos_token_id=config.bos_token_id,
                 eos_token_id=config.eos_token_id,
-                pad_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
             )
         )
         # transformers 4 wraps the transformer once more, transformers 5 does not.
@@ -93,7 +95,7 @@ class CLIPTextEncoder(nn.Module):
                     f"the {len(known)} words that it knows are listed by `ldm words`",
                     stacklevel=2,
                 )
-            rows.append(tokenizer.pad(ids, self.config.max_length))
+            rows.append(tokenizer.pad(ids, self.config.max_length, self.config.pad_token_id))
         return sent(torch.tensor(rows, dtype=torch.int64), self.device)  # (B, max_length)
 
     def encode(self, ids: Tensor) -> Tensor:
@@ -104,9 +106,40 @@ class CLIPTextEncoder(nn.Module):
             ValueError: these are no token ids. On a GPU, and in compiled code, only the shape and
                 the type are looked at.
         """
-        check_ids(ids, self.config)
+        check_ids(ids, self.config.vocab_size + self.added_tokens, self.config.max_length)
         context: Tensor = self.transformer(input_ids=ids).last_hidden_state
         return context
+
+    @torch.no_grad()
+    def add_word(self, word: str, vectors: Tensor) -> None:
+        """Teach the encoder a word: what its tokens are embedded as (textual inversion, Gal et al.
+        2022, arXiv:2208.01618). The weights stay what they are, and files of weights lack it.
+
+        Args:
+            word: as it will stand in prompts, in upper or lower case.
+            vectors: (n, hidden_size), one for each of the n tokens that the word becomes.
+
+        Raises:
+            ValueError: there is no tokenizer, it has the word already or cannot have it, or the
+                vectors are of another width.
+        """
+        width = self.config.hidden_size
+        if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != width:
+            raise ValueError(f"vectors must be (n, {width}), not {tuple(vectors.shape)}")
+        tokenizer = self.require_tokenizer().with_word(word, len(vectors))
+        embedding = self.transformer.embeddings.token_embedding
+        new = vectors.to(embedding.weight.device, embedding.weight.dtype)
+        if isinstance(embedding, EmbeddingWithWords):
+            new = torch.cat([embedding.added, new])
+        embedding.__class__ = EmbeddingWithWords  # the same object, as `ldm.speed.cpu` does it
+        embedding.register_buffer("added", new, persistent=False)
+        self.tokenizer = tokenizer
+
+    @property
+    def added_tokens(self) -> int:
+        """How many tokens `add_word` has added behind those of the vocabulary."""
+        embedding = self.transformer.embeddings.token_embedding
+        return len(embedding.added) if isinstance(embedding, EmbeddingWithWords) else 0
 
     def token_strings(self, ids: Tensor) -> list[list[str]]:
         """Token ids (B, L) -> the tokens as text, for people: `"house</w>"` ends a word."""
@@ -131,20 +164,31 @@ class CLIPTextEncoder(nn.Module):
         return self.tokenizer
 
 
-def check_ids(ids: Tensor, config: TextConfig) -> None:
+class EmbeddingWithWords(nn.Embedding):
+    """Embeddings of the vocabulary's tokens, and of those that come after them."""
+
+    added: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        known = super().forward(ids.clamp(max=self.num_embeddings - 1))
+        new = F.embedding((ids - self.num_embeddings).clamp(min=0), self.added)
+        return torch.where(ids[..., None] < self.num_embeddings, known, new)
+
+
+def check_ids(ids: Tensor, vocab_size: int, length: int) -> None:
     """A ValueError unless these are token ids that the embedding has."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"ids must be a tensor of int64, as tokenize(prompts) gives, not {kind}")
-    length = config.max_length
     if ids.ndim != 2 or 0 in ids.shape or ids.shape[1] > length:
         raise ValueError(f"ids must be (B, {length}) or fewer places, not {tuple(ids.shape)}")
     # Values only where they are at hand: to look at a tensor on a GPU is to wait for the GPU.
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= config.vocab_size:
+        if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"ids must be between 0 and {config.vocab_size - 1}, not {wrong}")
+            raise ValueError(f"ids must be between 0 and {vocab_size - 1}, not {wrong}")
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:

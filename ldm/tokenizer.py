@@ -11,6 +11,7 @@ A vocabulary's files, and where they lie, are the business of `ldm.checkpoints.t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -67,6 +68,8 @@ class Tokenizer:
         self.words = None if words is None else frozenset(words)
         self.bos_token_id = vocab[BOS]
         self.eos_token_id = vocab[EOS]
+        self.added: dict[str, tuple[int, ...]] = {}
+        """Words that are no text (`with_word`), and their ids, behind the vocabulary's."""
         self._tokens = {i: token for token, i in vocab.items()}
         self._backend = Backend(
             BPE(
@@ -109,6 +112,27 @@ class Tokenizer:
         words = filter(str.isalpha, split_words("\n".join(texts)))
         return Tokenizer(self.vocab, self.merges, words)
 
+    def with_word(self, word: str, length: int) -> Tokenizer:
+        """The same tokenizer with one more word, of `length` new ids. It is found wherever it
+        stands in a prompt, in upper or lower case, but not as a part of a longer word.
+
+        Raises:
+            ValueError: it cannot be a word of a prompt, or is one already.
+        """
+        word = word.lower()
+        if not word.isprintable() or not word or set(word) & set(" ,") or len(word) > 100:
+            told = "one word of 100 printable characters at most, without commas"
+            raise ValueError(f"the word must be {told}, not {word!r:.80}")
+        if word in self.added or f"{word}</w>" in self.vocab or word in (BOS, EOS):
+            raise ValueError(f"the vocabulary has the word {word!r} already: pass another, word=")
+        first = len(self.vocab) + sum(map(len, self.added.values()))
+        other = Tokenizer(self.vocab, self.merges, self.words)
+        other.added = {**self.added, word: tuple(range(first, first + length))}
+        for one, ids in other.added.items():
+            names = [one] if len(ids) == 1 else [f"{one}[{n}]" for n in range(1, len(ids) + 1)]
+            other._tokens |= zip(ids, [*names[:-1], f"{names[-1]}</w>"], strict=True)
+        return other
+
     def __eq__(self, other: object) -> bool:
         """The same vocabulary and merges, hence the same ids for every text."""
         if not isinstance(other, Tokenizer):
@@ -128,20 +152,38 @@ class Tokenizer:
         """
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"this is not a text that can be encoded: {text!r}")
-        return list(self._backend.encode(text).ids)
+        ids: list[int] = []
+        for piece in self._pieces(text):
+            ids += self.added.get(piece.lower()) or self._backend.encode(piece).ids
+        return ids
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text cut around the words that were added."""
+        if not self.added:
+            return [text]
+        longest_first = sorted(self.added, key=len, reverse=True)
+        words = "|".join(
+            (r"\b" if word[0].isalnum() else "")
+            + re.escape(word)
+            + (r"\b" if word[-1].isalnum() else "")
+            for word in longest_first
+        )
+        return re.split(f"({words})", text, flags=re.IGNORECASE)
 
     def unseen(self, text: str) -> list[str]:
         """The words of a text that the model was not trained on, in their order, each once; none
         where nobody knows. What is no word, such as a comma, is left out."""
         if self.words is None:
             return []
+        text = " ".join(piece for piece in self._pieces(text) if piece.lower() not in self.added)
         words = dict.fromkeys(filter(str.isalpha, split_words(text)))
         return [word for word in words if word not in self.words]
 
-    def pad(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """Start token, as many ids as fit, end token, and end tokens up to `max_length`."""
-        kept = [self.bos_token_id, *ids[: max_length - 2]]
-        return kept + [self.eos_token_id] * (max_length - len(kept))
+    def pad(self, ids: Sequence[int], max_length: int, fill: int | None = None) -> list[int]:
+        """Start token, as many ids as fit, end token, and up to `max_length` the token `fill`, by
+        default the end token again."""
+        kept = [self.bos_token_id, *ids[: max_length - 2], self.eos_token_id]
+        return kept + [self.eos_token_id if fill is None else fill] * (max_length - len(kept))
 
     def strings(self, ids: Iterable[int]) -> list[str]:
         """The tokens themselves, for people: `"house</w>"` is a word that ends there."""
@@ -151,8 +193,15 @@ class Tokenizer:
         """Text of ids, without start and end tokens."""
         from tokenizers.decoders import ByteLevel
 
-        pieces = "".join(t for t in self.strings(ids) if t not in (BOS, EOS))
-        text: str = ByteLevel().decode([pieces.replace("</w>", "Ġ")])  # Ġ is the space's byte
+        words = {word_ids[-1]: word for word, word_ids in self.added.items()}
+        text, pieces = "", ""
+        for i in map(int, ids):
+            if i < len(self.vocab):
+                pieces += "" if self._tokens[i] in (BOS, EOS) else self._tokens[i]
+            elif i in words:  # by its last token
+                text += ByteLevel().decode([pieces.replace("</w>", "Ġ")]) + words[i] + " "
+                pieces = ""
+        text += ByteLevel().decode([pieces.replace("</w>", "Ġ")])  # Ġ is the space's byte
         return text.strip()
 
 

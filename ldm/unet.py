@@ -213,4 +213,10 @@ def res_block(in_channels: int, out_channels: int, config: UNetConfig) -> ResBlo
 
 def transformer(channels: int, config: UNetConfig) -> SpatialTransformer:
     """A spatial transformer that reads a context of the config's width."""
-    return SpatialTransformer(channels, config.context_dim, config.num_heads, config.norm_groups)
+    return SpatialTransformer(
+        channels,
+        config.context_dim,
+        config.heads(channels),
+        config.norm_groups,
+        config.linear_projections,
+    )

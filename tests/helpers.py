@@ -130,6 +130,14 @@ def small_config() -> ModelConfig:
     )
 
 
+def small_v2_config() -> ModelConfig:
+    """The same for Stable Diffusion 2: heads of one width, linear projections, and OpenCLIP."""
+    config = small_config()
+    unet = dataclasses.replace(config.unet, num_heads=8, head_width=8, linear_projections=True)
+    text = dataclasses.replace(config.text, open_clip=True)
+    return dataclasses.replace(config, name="small-v2", unet=unet, text=text, prediction="v")
+
+
 def tiny_config() -> ModelConfig:
     """As little as still has two levels, attention at one of them, and every kind of layer."""
     return ModelConfig(

@@ -22,7 +22,9 @@ def unet(config: UNetConfig) -> dict[str, Any]:
         up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
         layers_per_block=config.num_res_blocks,
         cross_attention_dim=config.context_dim,
-        attention_head_dim=config.num_heads,  # diffusers' name for the number of heads, in SD v1
+        # diffusers' name for the number of heads, which differs between the levels of SD 2.
+        attention_head_dim=[config.heads(config.model_channels * m) for m in config.channel_mult],
+        use_linear_projection=config.linear_projections,
         norm_num_groups=config.norm_groups,
     )
 
@@ -53,7 +55,7 @@ def text(config: TextConfig) -> dict[str, Any]:
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         max_position_embeddings=config.max_length,
-        hidden_act="quick_gelu",
+        hidden_act="gelu" if config.open_clip else "quick_gelu",
         layer_norm_eps=1e-5,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

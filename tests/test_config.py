@@ -45,6 +45,8 @@ WRONG: dict[type[Any], list[tuple[str, Any]]] = {
         *out_of_range("num_heads", *WHOLE, 7, 640),
         *out_of_range("context_dim", *WHOLE, 2**16 + 1),
         *out_of_range("norm_groups", *WHOLE, 7, 640),
+        *out_of_range("head_width", -1, 3, 2**16 + 1, True, 1.0, "64", None),
+        *out_of_range("linear_projections", 0, 1, None, "true"),
     ],
     VAEConfig: [
         *out_of_range("in_channels", *WHOLE),
@@ -64,6 +66,7 @@ WRONG: dict[type[Any], list[tuple[str, Any]]] = {
         *out_of_range("max_length", *WHOLE, 1, 2**16 + 1),
         *out_of_range("bos_token_id", -1, 49408, True, 1.0),
         *out_of_range("eos_token_id", -1, 49408, True, 1.0),
+        *out_of_range("open_clip", 0, 1, None, "true"),
     ],
     ScheduleConfig: [
         *out_of_range("num_train_timesteps", *WHOLE, 2**16 + 1),

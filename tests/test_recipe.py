@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.errors import LINE
 from ldm.files import file_sha256
 from ldm.inputs import Held
-from ldm.recipe import KEY, LONGEST, Recipe, installed_versions, read_recipes, save_png
+from ldm.recipe import KEY, LONGEST, Addition, Recipe, installed_versions, read_recipes, save_png
 from ldm.settings import Settings
 
 RECIPE = Recipe(
@@ -60,8 +60,9 @@ def test_a_recipe_older_than_inputs_is_read() -> None:
 def test_a_recipe_survives_in_the_picture_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     image = Image.new("RGB", (24, 16), (3, 100, 200))
-    save_png(image, path, [RECIPE, GIVEN])
-    assert read_recipes(path) == [RECIPE, GIVEN]
+    drawn_with = dataclasses.replace(RECIPE, loras=(Addition("家", "0" * 64, -0.3),) * 2)
+    save_png(image, path, [RECIPE, GIVEN, drawn_with])
+    assert read_recipes(path) == [RECIPE, GIVEN, drawn_with]
     assert RECIPE.repeatable and not GIVEN.repeatable
     with Image.open(path) as again:
         assert again.tobytes() == image.tobytes()
@@ -123,6 +124,10 @@ def test_what_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
         (lambda f: f.update(inputs={"image": held(shape=[])}), "the shape of image is"),
         (lambda f: f.update(inputs={"image": held(shape=[2] * 99)}), "the shape of image is"),
         (lambda f: f.update(inputs={"image": held(sha256="\x1b[2J")}), "the sha256 of image is"),
+        (lambda f: f.update(loras="a"), "loras is 'a'"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0"}]), "loras is"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0", "scale": True}]), "loras is"),
+        (lambda f: f.update(loras=[{"file": "a", "sha256": "0", "scale": 1e9}]), "loras is"),
         (lambda f: f.update(model="\x1b]0;owned\x07" * 10**5, ema=3), "ema is 3"),
         (lambda f: f.update({"\x1b]0;owned\x07": 3}), "a recipe has the fields settings, model"),
     ],

@@ -13,22 +13,31 @@ from ldm.config import SD_V1, DefaultsConfig, ModelConfig, ScheduleConfig
 from ldm.errors import ConfigError, UnreadableError
 
 LONGEST = 100_000  # characters; a config has 1,000
+# Fields that are not written where they are Stable Diffusion v1's: part -> name -> that value. So
+# files from before there was such a field read, and files without it can be read by older readers.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "": {"prediction": "eps"},
+    "schedule": {"zero_terminal_snr": False},
+    "unet": {"head_width": 0, "linear_projections": False},
+    "text": {"open_clip": False},
+}
 
 
 def config_to_json(config: ModelConfig, indent: int | None = None) -> str:
-    """A config as sorted JSON, without `defaults`, `prediction` and `schedule.zero_terminal_snr`
-    where they are the dataclass's own, and without a noise schedule that is a table: files of
-    weights hold that as tensors, and here the plain one stands in its place."""
+    """A config as sorted JSON, without the fields of `LEFT_OUT` that are as there, `defaults` where
+    they are the dataclass's own, and a noise schedule that is a table: files of weights hold that
+    as tensors, and here the plain one stands in its place."""
     if config.schedule.betas is not None:
         config = dataclasses.replace(config, schedule=ScheduleConfig())
     data = dataclasses.asdict(config)
     del data["schedule"]["betas"]
     if config.defaults == DefaultsConfig():
         del data["defaults"]
-    if config.prediction == "eps":
-        del data["prediction"]
-    if not config.schedule.zero_terminal_snr:
-        del data["schedule"]["zero_terminal_snr"]
+    for part, fields in LEFT_OUT.items():
+        holder = data[part] if part else data
+        for name, value in fields.items():
+            if holder[name] == value:
+                del holder[name]
     return json.dumps(data, sort_keys=True, indent=indent)
 
 
@@ -48,9 +57,10 @@ def config_from_json(text: str, path: Path) -> ModelConfig:
         data = json.loads(text)
         if isinstance(data, dict):
             data.setdefault("defaults", dataclasses.asdict(DefaultsConfig()))
-            data.setdefault("prediction", "eps")
-            if isinstance(data.get("schedule"), dict):
-                data["schedule"].setdefault("zero_terminal_snr", False)
+            for part, fields in LEFT_OUT.items():
+                holder = data.get(part) if part else data
+                if isinstance(holder, dict):
+                    holder |= fields | holder
         with said_of(path):
             config: ModelConfig = read_like(SD_V1, data)
     except ConfigError:

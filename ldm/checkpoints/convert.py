@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ldm.checkpoints.download import require_tokenizer
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.folders import SUFFIXES
 from ldm.checkpoints.loading import joint_config, open_model, plan_stages
+from ldm.checkpoints.lora import bake
 from ldm.checkpoints.planning import Ema, Plan
 from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.tokenizer_files import check_beside
@@ -32,6 +33,7 @@ def convert(
     vae: str | Path | None = None,
     text: str | Path | None = None,
     prediction: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> None:
     """Write a whole model anew. The target appears whole or not at all.
 
@@ -41,6 +43,7 @@ def convert(
             tokenizer's two files beside it; any other is a new diffusers folder.
         dtype: None keeps the numbers as they are stored (where types are mixed, in the narrowest
             type that holds them all).
+        loras: files, and how strongly each counts, to be merged into the weights.
 
     Raises:
         FileNotFoundError, CheckpointError: as `ldm.load`.
@@ -50,7 +53,9 @@ def convert(
     dtype = None if dtype is None else check_dtype(dtype)
     sources = open_model(source, config, vae=vae, text=text, prediction=prediction)
     check_target(
-        target, {entry.file.path for one in sources.values() for entry in one.entries.values()}
+        target,
+        {entry.file.path for one in sources.values() for entry in one.entries.values()}
+        | {Path(path) for path, _ in loras if Path(path).exists()},
     )
     plans = plan_stages(sources, ema)
     vocab_size = plans["text"].config.text.vocab_size
@@ -63,6 +68,8 @@ def convert(
     stages: dict[str, Any] = {
         stage: fill(plan, cpu, dtype, tokenizer=tokenizer) for stage, plan in plans.items()
     }
+    for path, scale in loras:
+        bake(path, scale, stages)
     if is_file(target):
         save_model(target, **stages, config=config)
     else:

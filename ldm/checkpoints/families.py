@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ldm.checkpoints.entries import Entry
 from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.spellings import stages_in
-from ldm.config import SD_V1, ModelConfig
+from ldm.config import SD_V1, SD_V1_INPAINTING, SD_V1_PIX2PIX, SD_V2, ModelConfig
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
@@ -20,13 +20,17 @@ OTHERS = {
     "controlnet_": "a ControlNet",
     f"{UNET}time_embed.cond_proj.": "a latent consistency model (LCM)",
     "time_embedding.cond_proj.": "a latent consistency model (LCM)",
+    "noise_augmentor.": "Stable Diffusion 2.1 unCLIP",
+    "embedder.model.": "Stable Diffusion 2.1 unCLIP",
+    "depth_model.": "a depth-to-image model",
+    "low_scale_model.": "an upscaler",
     "conditioner.embedders.": "Stable Diffusion XL",
     f"{UNET}label_emb.": "Stable Diffusion XL",
     f"{UNET}joint_blocks.": "Stable Diffusion 3",
     "joint_blocks.": "Stable Diffusion 3",
     f"{UNET}double_blocks.": "Flux",
     "double_blocks.": "Flux",
-    "cond_stage_model.model.": "Stable Diffusion 2",
+    "cond_stage_model.model.visual.": "Stable Diffusion 2.1 unCLIP",
     "down_blocks.": "a part of a diffusers folder (pass the folder)",
     f"{VAE}decoder.up_blocks.": "a part of a diffusers folder (pass the folder)",
 }
@@ -49,6 +53,11 @@ ADDITIONS = {
     "string_to_param.": "a textual inversion",
     "emb_params": "a textual inversion",
 }
+# How those are loaded that ldm knows.
+LOADED_BY = {
+    "a LoRA": " (load the model, then pipe.load_lora)",
+    "a textual inversion": " (load the model, then pipe.load_embedding)",
+}
 # The widths of the text states to which a textual inversion adds: those of Stable Diffusion 1, 2
 # and XL; and how many tensors it can have.
 WORD_WIDTHS, MOST_WORDS = {768, 1024, 1280}, 8
@@ -61,21 +70,23 @@ OTHER_INPUTS = {
 }
 # Other widths of the text states that cross-attention reads.
 OTHER_CONTEXTS = {
-    1024: "Stable Diffusion 2 (text states of width 1024)",
     1280: "the refiner of Stable Diffusion XL (text states of width 1280)",
     2048: "Stable Diffusion XL (text states of width 2048)",
 }
 
 
-def other_family(entries: Mapping[str, Entry], config: ModelConfig = SD_V1) -> str | None:
+def other_family(entries: Mapping[str, Entry], config: ModelConfig | None = None) -> str | None:
     """What a file is when it is none of our models; None where nothing speaks against it.
 
     Args:
         entries: by official keys.
-        config: of the model that it should be: a number that is its own speaks not against it.
+        config: of the model that it should be, by default the official one that it is as wide as: a
+            number that is its own speaks not against it.
     """
+    config = config or known_config(entries) or SD_V1
     if not stages_in(entries) and (addition := addition_in(entries)):
-        return f"{addition}, an addition to a model"
+        how = LOADED_BY.get(addition, "")
+        return f"{addition}, an addition to a model{how}"
     for beginning, name in OTHERS.items():
         if any(key.startswith(beginning) for key in entries):
             return name
@@ -108,6 +119,25 @@ SD_V1_SHAPES = {
     f"{TEXT}embeddings.token_embedding.weight": (49408, 768),
     f"{TEXT}final_layer_norm.weight": (768,),
 }
+
+
+# What tells Stable Diffusion 2 from it: wider text states.
+SD_V2_SHAPES = {
+    f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+    f"{TEXT}embeddings.token_embedding.weight": (49408, 1024),
+}
+
+
+def known_config(entries: Mapping[str, Entry]) -> ModelConfig | None:
+    """Stable Diffusion's config of the version that a file is as wide as, if any. What the UNet
+    predicts, and for which size, is not told by widths: version 2 is there twice."""
+    if any(k in entries and entries[k].shape == shape for k, shape in SD_V2_SHAPES.items()):
+        return SD_V2
+    first = entries.get(f"{UNET}input_blocks.0.0.weight")
+    for config in (SD_V1_INPAINTING, SD_V1_PIX2PIX):
+        if first is not None and first.shape == (320, config.unet.in_channels, 3, 3):
+            return config
+    return SD_V1 if is_sd_v1(entries) else None
 
 
 def is_sd_v1(entries: Mapping[str, Entry]) -> bool:

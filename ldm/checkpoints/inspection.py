@@ -11,7 +11,7 @@ from typing import Any
 from ldm.checkpoints.diffusers.names import text_layers
 from ldm.checkpoints.download import identify
 from ldm.checkpoints.entries import Archive, Entry
-from ldm.checkpoints.families import is_sd_v1, other_family
+from ldm.checkpoints.families import known_config, other_family
 from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
 from ldm.checkpoints.loading import check_sources
 from ldm.checkpoints.noise import told
@@ -20,7 +20,16 @@ from ldm.checkpoints.planning import check_blocks, plan
 from ldm.checkpoints.recognise import Weights, official_entries, own_config, understood
 from ldm.checkpoints.spellings import EMA, ema_name, ignored_in, is_expendable, stages_in
 from ldm.checkpoints.stages import STAGES
-from ldm.config import SD_V1, ModelConfig, TextConfig
+from ldm.config import (
+    OFFICIAL,
+    SD_V1,
+    SD_V1_INPAINTING,
+    SD_V1_PIX2PIX,
+    SD_V2,
+    SD_V2_768,
+    ModelConfig,
+    TextConfig,
+)
 from ldm.errors import CheckpointError, DtypeError, KeysError, ShapeError, printable, some
 from ldm.files import file_sha256
 
@@ -32,7 +41,8 @@ class Inspection:
     Attributes:
         path, size: where, and how many bytes in all.
         container: as `ldm.checkpoints.entries.Archive` has it: "safetensors", say.
-        family: "Stable Diffusion v1", the name in the file's own config, or what else it is.
+        family: "Stable Diffusion v1", "Stable Diffusion 2", the name in the file's own config, or
+            what else it is.
         loads: whether ldm loads all stages that are there, as they are; what is wrong with single
             numbers is only found out by loading.
         refused: the line that says why not; empty if it loads.
@@ -219,18 +229,28 @@ def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+FAMILIES = {
+    SD_V1.name: "Stable Diffusion v1",
+    SD_V2.name: "Stable Diffusion 2",
+    SD_V2_768.name: "Stable Diffusion 2 (768)",
+    SD_V1_INPAINTING.name: "Stable Diffusion v1, inpainting",
+    SD_V1_PIX2PIX.name: "Stable Diffusion v1, instruct-pix2pix",
+}
+
+
 def family_of(
     entries: Mapping[str, Entry], config: ModelConfig | None
 ) -> tuple[str, ModelConfig | None]:
     """The name of the kind of model, and its config where that is known."""
-    if other := other_family(entries, config or SD_V1):
+    if other := other_family(entries, config):
         return other, None
-    if config is not None and config != SD_V1:
+    if config is not None and config not in OFFICIAL:
         return config.name, config
-    if config is not None or is_sd_v1(entries):
-        return "Stable Diffusion v1", SD_V1
+    found = config or known_config(entries)
+    if found is not None:
+        return FAMILIES[found.name], found
     if stages_in(entries):
-        return "of another width than Stable Diffusion v1", None
+        return "of another width than Stable Diffusion 1 or 2", None
     return "unknown", None
 
 

@@ -168,10 +168,10 @@ def joint_config(sources: Mapping[str, Weights]) -> ModelConfig:
         ConfigError: the stages do not belong together.
     """
     unet, vae, text = (sources[stage].config for stage in STAGES)
-    if vae.vae.latent_channels != unet.unet.in_channels:
+    if vae.vae.latent_channels != unet.unet.out_channels:
         raise ConfigError(
             f"{sources['vae'].path} makes latents of {vae.vae.latent_channels} channels, "
-            f"the unet of {sources['unet'].path} reads {unet.unet.in_channels}"
+            f"the unet of {sources['unet'].path} reads {unet.unet.out_channels}"
         )
     if text.text.hidden_size != unet.unet.context_dim:
         raise ConfigError(
@@ -283,6 +283,7 @@ class Origin:
 def origin(plans: Mapping[str, Plan]) -> Origin:
     """Where a whole model comes from."""
     archives = {id(p.weights.archive): p.weights.archive for p in plans.values()}.values()
+    keys = {key for plan in plans.values() for key in plan.weights.entries}
     taken = {place.key for plan in plans.values() for place in plan.places.values()}
     return Origin(
         paths={stage: plan.weights.path for stage, plan in plans.items()},
@@ -290,6 +291,6 @@ def origin(plans: Mapping[str, Plan]) -> Origin:
         ema=plans["unet"].ema,
         schedule=plans["unet"].weights.schedule,
         predictions=plans["unet"].weights.predictions,
-        ignored=ignored_in({key for archive in archives for key in archive.entries} - taken),
+        ignored=ignored_in(keys - taken),
         stubs=tuple(dict.fromkeys(stub for archive in archives for stub in archive.stubs)),
     )

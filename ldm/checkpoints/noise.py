@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.checkpoints.entries import Archive, Entry
 from ldm.config import BETAS, MOST_TIMESTEPS, PREDICTIONS, ScheduleConfig
 from ldm.errors import ConfigError
+from ldm.files import file_sha256
 from ldm.schedule import exact_tables
 
 # --- The schedule ----------------------------------------------------------------------------
@@ -133,14 +134,46 @@ def predictions(
     return said
 
 
+UNSAID = {"nothing": "eps or v"}
+"""What is said of the prediction of a Stable Diffusion 2 that does not say: the models for pictures
+of 512 pixels predict eps, those for 768 v, and the weights of both look the same."""
+PUBLISHED = {
+    "d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824": "eps",  # 512-base-ema.ckpt
+    "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36": "eps",  # v2-1_512-ema-…
+    "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f": "v",  # 768-v-ema.ckpt
+    "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0": "v",  # v2-1_768-ema-….ckpt
+    "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac": "v",  # .safetensors
+}
+"""The official files of Stable Diffusion 2.0 and 2.1: SHA-256 -> what they predict."""
+PUBLISHED_SIZES = range(5_214_000_000, 5_216_000_000)  # bytes; other files are not hashed
+
+
+def is_unsaid(said: Mapping[str, str]) -> bool:
+    """Whether it is a Stable Diffusion 2 of which nobody says what it predicts."""
+    return said == UNSAID
+
+
+def published_prediction(path: Path) -> str | None:
+    """What an official file of Stable Diffusion 2 predicts, by its hash; None for any other. A file
+    as large as those is read for that, which takes some seconds."""
+    if not path.is_file() or path.stat().st_size not in PUBLISHED_SIZES:
+        return None
+    return PUBLISHED.get(file_sha256(path))
+
+
 def told(said: Mapping[str, str]) -> str:
     """What is said of a prediction, in words; empty where nothing is."""
+    if is_unsaid(said):
+        return "does not say whether it predicts eps or v"
     return " and ".join(f"predicts {what}, as {who} says" for who, what in said.items())
 
 
 def objection(said: Mapping[str, str]) -> str:
     """What is wrong with what is said of a prediction, for a line that begins with the file: it is
     none that ldm draws by, or two say two things. Nothing is wrong with the empty string."""
+    if is_unsaid(said):
+        sizes = "eps, as for pictures of 512 pixels, or v, as for 768"
+        return f"does not say whether it predicts {sizes}; pass prediction="
     for who, what in said.items():
         if what not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)

@@ -11,10 +11,18 @@ from ldm.checkpoints.config_json import config_from_json, said_of
 from ldm.checkpoints.diffusers.configs import LOADS, folder_config, part_stages
 from ldm.checkpoints.diffusers.names import PART_OF, official_keys
 from ldm.checkpoints.entries import DIFFUSERS_FOLDER, Archive, Entry
-from ldm.checkpoints.families import is_sd_v1, other_family
-from ldm.checkpoints.noise import objection, own_schedule, predictions
+from ldm.checkpoints.families import known_config, other_family
+from ldm.checkpoints.noise import (
+    UNSAID,
+    is_unsaid,
+    objection,
+    own_schedule,
+    predictions,
+    published_prediction,
+)
+from ldm.checkpoints.open_clip import split
 from ldm.checkpoints.spellings import official_name, stages_in
-from ldm.config import PREDICTIONS, SD_V1, ModelConfig
+from ldm.config import PREDICTIONS, SD_V1, SD_V2, SD_V2_768, ModelConfig
 from ldm.errors import ConfigError, FamilyError, KeysError, some
 
 
@@ -75,8 +83,11 @@ def recognise(
         there = ", ".join(PREDICTIONS)
         raise ValueError(f"prediction must be one of {there}, not {prediction!r:.80}")
     stored = own_config(archive)
-    entries = official_entries(archive, stored)
-    return understood(archive, entries, config or stored or default, prediction)
+    given = config or stored or default
+    entries = official_entries(archive, given)
+    if prediction is None and is_unsaid(understood(archive, entries, given).predictions):
+        prediction = published_prediction(archive.path)
+    return understood(archive, entries, given, prediction)
 
 
 def understood(
@@ -90,22 +101,27 @@ def understood(
     Raises:
         FamilyError, ConfigError: as `recognise`.
     """
-    if other := other_family(entries, config or SD_V1):
+    if other := other_family(entries, config):
         raise FamilyError(f"{archive.path} is {other}; {LOADS}")
-    if config is None and stages_in(entries) and not is_sd_v1(entries):
+    if config is None and stages_in(entries) and not known_config(entries):
         raise ConfigError(
-            f"{archive.path} is not as wide as Stable Diffusion v1, and brings no config: "
+            f"{archive.path} is not as wide as Stable Diffusion 1 or 2, and brings no config: "
             "pass its config"
         )
-    config = config or SD_V1
+    is_v2 = config is None and known_config(entries) is SD_V2
+    config = config or known_config(entries) or SD_V1
     schedule, told = own_schedule(entries, config.schedule)
     if prediction is not None:
         said = {"prediction=": prediction}
     else:
         said = predictions(archive, entries, schedule, config.prediction)
+        if is_v2 and not said:
+            said = UNSAID
     drawn_by = config.prediction
     if said and not objection(said):
         (drawn_by,) = set(said.values())
+    if is_v2 and drawn_by == SD_V2_768.prediction:
+        config = SD_V2_768
     with said_of(archive.path):
         config = dataclasses.replace(config, schedule=schedule, prediction=drawn_by)
     return Weights(archive, entries, config, told, said)
@@ -119,19 +135,21 @@ def own_config(archive: Archive) -> ModelConfig | None:
     return None if text is None else config_from_json(text, archive.path)
 
 
-def official_entries(archive: Archive, stored: ModelConfig | None) -> dict[str, Entry]:
+def official_entries(archive: Archive, config: ModelConfig | None) -> dict[str, Entry]:
     """The tensors of an archive by official keys; a key that has none keeps its own.
 
     Args:
-        stored: the archive's own config, along which the names of a diffusers folder unroll.
+        config: the archive's own or the model's, along which the names of a diffusers folder
+            unroll; it also says how many of OpenCLIP's blocks are run.
 
     Raises:
         KeysError: two keys of a file mean one weight.
     """
-    if archive.container == DIFFUSERS_FOLDER and stored is not None:
-        return folder_entries(archive, stored)
+    if archive.container == DIFFUSERS_FOLDER and config is not None:
+        return folder_entries(archive, config)
     entries: dict[str, Entry] = {}
-    for key, entry in archive.entries.items():
+    layers = (config or SD_V2).text.num_layers
+    for key, entry in split(archive.entries, layers).items():
         if entries.setdefault(official_name(key), entry) is not entry:
             raise KeysError(f"{archive.path} holds {some([official_name(key)])} under two names")
     return entries

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.keys import POSITION_IDS, key_map, schedule_entries
+from ldm.checkpoints.open_clip import joined
 from ldm.checkpoints.tokenizer_files import check_beside, tokenizer_beside, tokenizer_written
 from ldm.config import ModelConfig
 from ldm.files import check_writable, written_whole
@@ -47,8 +48,9 @@ def save_checkpoint(
 ) -> None:
     """Write a whole model as one safetensors file in the official layout.
 
-    The parameters in their own dtype, or in `dtype`; beside them `position_ids` and the schedule's
-    tables, as official files have them. The config travels in the metadata, as one entry of sorted
+    The parameters in their own dtype, or in `dtype`; beside them `position_ids` (but where the text
+    encoder is OpenCLIP's, which has its own names) and the schedule's tables, as official files
+    have them. The config travels in the metadata, as one entry of sorted
     JSON, so that the same model always gives the same bytes. The file appears whole or not at all.
     """
     tensors: dict[str, Tensor] = {}
@@ -56,7 +58,10 @@ def save_checkpoint(
         weights = model.state_dict()
         for ours, theirs in key_map(model).items():
             tensors[theirs] = weights[ours].to(device="cpu", dtype=dtype).contiguous()
-    tensors[POSITION_IDS] = torch.arange(config.text.max_length)[None]  # (1, L)
+    if config.text.open_clip:
+        tensors = joined(tensors)
+    else:
+        tensors[POSITION_IDS] = torch.arange(config.text.max_length)[None]  # (1, L)
     tensors |= schedule_entries(config.schedule)
     with written_whole(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"ldm": config_to_json(config)})

@@ -113,6 +113,10 @@ IGNORED = (
     "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection",
     "cond_stage_model.transformer.text_projection.",
+    # of OpenCLIP, behind the last block that is run
+    "cond_stage_model.model.logit_scale",
+    "cond_stage_model.model.text_projection",
+    "cond_stage_model.model.transformer.resblocks.",
 )
 
 

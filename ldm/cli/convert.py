@@ -21,6 +21,7 @@ def add_parser(commands: options.Commands) -> None:
     p.add_argument("target", type=Path, help="NAME.safetensors, or a new diffusers folder")
     options.add_model_options(p)
     p.add_argument("--dtype", choices=options.DTYPES, help="(default: as they are stored)")
+    options.add_lora_option(p, "merge this LoRA into the weights")
     p.set_defaults(run=run)
 
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         text=args.text,
         prediction=args.prediction,
+        loras=options.asked_loras(args),
     )
     options.tell(args.target)
     return 0

@@ -49,6 +49,7 @@ def add_parser(commands: options.Commands) -> None:
     )
     options.add_run_options(p, seed_help="image i uses seed + i (default: drawn, and printed)")
     options.add_drawing_options(p)
+    options.add_lora_option(p, "draw with this LoRA")
     add_sheet_options(p)
     p.set_defaults(run=run, defaults={name: p.get_default(name) for name in IN_THE_RECIPE})
 
@@ -96,13 +97,16 @@ def run(args: argparse.Namespace) -> int:
         if any(path.resolve() == source.resolve() for path in paths.taken()):
             raise ValueError(f"{source} would be overwritten: name another file with -o")
     plans, tokenizer = options.plan_asked(sources, first.ema)
-    order = sign(order, args.like, options.files_of(sources))
+    loras = options.asked_loras(args)
+    order = sign(order, args.like, options.files_of(sources), loras)
     pipe = TextToImage.from_plans(
         plans,
         tokenizer,
         device=check_device(first.device),
         dtype=options.named_dtype(first.dtype),
     )
+    for path, scale in loras:
+        pipe.load_lora(path, scale)
     if args.weights:
         options.say(f"weights {pipe.origin}")
     if args.seed is None and not args.like:
@@ -286,16 +290,26 @@ def check_sheet(order: Order) -> None:
         raise ValueError(f"a sheet holds {MOST_ON_A_SHEET:,} pictures at most, not {count:,}")
 
 
-def sign(order: Order, like: Path | None, files: Sequence[Path]) -> Order:
-    """The order with the weights' hash in its recipes, and the versions that follow them here.
+def sign(
+    order: Order,
+    like: Path | None,
+    files: Sequence[Path],
+    loras: Sequence[tuple[Path, float]] = (),
+) -> Order:
+    """The order with the hashes of the weights and of the LoRAs in its recipes, and the versions
+    that follow them here.
 
     Raises:
+        FileNotFoundError: a LoRA is not there.
         ValueError: they are those of the picture `like`, which was made with other weights.
     """
-    from ldm.files import weights_sha256
-    from ldm.recipe import installed_versions
+    from ldm.files import file_sha256, weights_sha256
+    from ldm.recipe import Addition, installed_versions
 
+    if lost := [path for path, _ in loras if not path.is_file()]:
+        raise FileNotFoundError(f"no LoRA at {lost[0]}")
     sha256, versions = weights_sha256(files), installed_versions()
+    used = tuple(Addition(path.name, file_sha256(path), scale) for path, scale in loras)
     if like:
         theirs = order.recipes[0]
         if sha256 != theirs.model_sha256:
@@ -303,12 +317,18 @@ def sign(order: Order, like: Path | None, files: Sequence[Path]) -> Order:
                 f"{like} was made with weights whose SHA-256 is {theirs.model_sha256}, "
                 f"but that of {', '.join(map(str, files))} is {sha256}"
             )
+        if [(one.sha256, one.scale) for one in used] != [
+            (one.sha256, one.scale) for one in theirs.loras
+        ]:
+            told = ", ".join(f"{one.file}:{one.scale:g}" for one in theirs.loras) or "none"
+            raise ValueError(f"{like} was made with these LoRAs: {told}; pass --lora for each")
         if versions != theirs.versions:
             options.say(
                 f"ldm: made with {theirs.versions}, here are {versions}: the last bits may differ"
             )
     signed = [
-        dataclasses.replace(one, model_sha256=sha256, versions=versions) for one in order.recipes
+        dataclasses.replace(one, model_sha256=sha256, versions=versions, loras=used)
+        for one in order.recipes
     ]
     return dataclasses.replace(order, recipes=signed)
 

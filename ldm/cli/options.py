@@ -72,6 +72,31 @@ def tell(path: Path) -> None:
 # --- Options ---------------------------------------------------------------------------------
 
 
+def add_lora_option(p: argparse._ActionsContainer, what: str) -> None:
+    """LoRAs, any number of them, each with its scale."""
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help=f"{what}, by this scale (1); may be given several times",
+    )
+
+
+def asked_loras(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The files and the scales that `--lora` names. What follows the last colon is a scale where it
+    is a number."""
+    asked = []
+    for given in args.lora:
+        name, colon, last = given.rpartition(":")
+        try:
+            scale = float(last) if colon else None
+        except ValueError:
+            scale = None
+        asked.append((Path(given), 1.0) if scale is None else (Path(name), scale))
+    return asked
+
+
 def add_run_options(parser: argparse.ArgumentParser, *, seed_help: str) -> None:
     """The settings of a run but for its prompt, in groups; what is not given is None where the
     model has a default of its own."""

@@ -49,7 +49,8 @@ class Word:
 
 
 def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
-    """The words of a padded row of token ids: the start token, the prompt's words, the end tokens.
+    """The words of a padded row of token ids: the start token, the prompt's words, the end token
+    and what fills the row behind it.
 
     A token that is marked so ends its word; punctuation and single digits are words of their own,
     as CLIP's tokenizer splits them. A prompt that is too long may be cut in the middle of a word,
@@ -57,8 +58,9 @@ def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
     """
     strings = tokenizer.strings(ids)
     end = len(ids)
-    while ids[end - 1] == tokenizer.eos_token_id:
-        end -= 1
+    for token in (ids[-1], tokenizer.eos_token_id):  # what fills the row may be another
+        while ids[end - 1] == token:
+            end -= 1
     words, group = [Word(strings[0], (0,))], []
     for place in range(1, end):
         group.append(place)
@@ -68,7 +70,7 @@ def group_words(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Word, ...]:
             is_whole = strings[place].endswith("</w>") or is_special
             words.append(Word(text if is_whole else text + "…", tuple(group)))
             group = []
-    return (*words, Word(strings[-1], tuple(range(end, len(ids)))))
+    return (*words, Word(strings[end], tuple(range(end, len(ids)))))
 
 
 def find_word(words: Sequence[Word], text: str, prompt: str) -> Word:

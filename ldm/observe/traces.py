@@ -65,7 +65,8 @@ class Trace:
         tokens: the strings of all L tokens, start, end and filling included.
         words: which tokens make which word. The first is the start token; the last is the end,
             with all the end tokens that fill the rest of the L places.
-        heads: of each cross-attention layer.
+        heads: of each cross-attention layer; 1 where levels differ in it (Stable Diffusion 2), so
+            that what is summed over heads is their mean.
         t, t_prev: the timestep before and after each step, S numbers each: integers, but for
             samplers that visit points between two timesteps.
         alpha_bar: at each t, S numbers.
@@ -382,13 +383,14 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
     t, t_prev, alpha_bar = zip(*times, strict=True)
     latent_size = (latents.shape[2], latents.shape[3])
     tokenizer = pipe.text.require_tokenizer()
-    ids = tokenizer.pad(tokenizer.encode(settings.prompt), pipe.config.text.max_length)
+    text = pipe.config.text
+    ids = tokenizer.pad(tokenizer.encode(settings.prompt), text.max_length, text.pad_token_id)
     return Trace(
         model=pipe.config.name,
         settings=settings,
         tokens=tuple(tokenizer.strings(ids)),
         words=group_words(tokenizer, ids),
-        heads=pipe.config.unet.num_heads,
+        heads=1 if pipe.config.unet.head_width else pipe.config.unet.num_heads,
         t=t,
         t_prev=t_prev,
         alpha_bar=alpha_bar,

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.attention import AttentionWeights, FeedForward
+from ldm.attention import AttentionWeights, FeedForward, Pointwise
 from ldm.layers import ResBlock, Upsample, is_watched
 from ldm.speed.memory import keep_freed, release, trim
 
@@ -119,6 +119,15 @@ class FastConv2d(nn.Conv2d):
             return super().forward(x)
         padding, stride = (self.padding[0], self.padding[1]), (self.stride[0], self.stride[1])
         return convolution(x, self.weight, self.bias, padding, stride)
+
+
+class FastPointwise(Pointwise):
+    """A convolution of 1x1, by oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not suits_onednn(x, self.weight):
+            return super().forward(x)
+        return convolution(x, self.weight[:, :, None, None], self.bias, (0, 0), (1, 1))
 
 
 class FastUpsample(Upsample):
@@ -230,6 +239,7 @@ class FastResBlock(ResBlock):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     nn.Conv2d: FastConv2d,
+    Pointwise: FastPointwise,
     nn.GroupNorm: FastGroupNorm,
     Upsample: FastUpsample,
     AttentionWeights: FastAttentionWeights,

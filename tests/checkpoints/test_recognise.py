@@ -15,7 +15,7 @@ from ldm.checkpoints.config_json import config_from_json, config_to_json
 from ldm.checkpoints.loading import load_unet, load_vae
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.recognise import recognise
-from ldm.config import HORIZON, SD_V1
+from ldm.config import HORIZON, SD_V1, SD_V2, SD_V2_768
 from ldm.errors import (
     ConfigError,
     FamilyError,
@@ -34,7 +34,7 @@ from tests.helpers import (
 def test_config_travels_in_the_metadata(saved) -> None:
     path, _ = saved
     assert recognise(open_archive(path)).config == tiny_config()
-    for config in (SD_V1, HORIZON):
+    for config in (SD_V1, SD_V2, SD_V2_768, HORIZON):
         assert config_from_json(config_to_json(config), Path("a file")) == config
 
 
@@ -45,7 +45,9 @@ def test_file_without_a_config_is_taken_for_sd_v1_if_it_is_as_wide(tmp_path: Pat
     with pytest.raises(KeysError, match=r"holds 0 of the .* blocks that the unet of sd-v1 has"):
         load_unet(path)
     write_weights(path, tiny_tensors())
-    with pytest.raises(ConfigError, match=r"not as wide as Stable Diffusion v1.*: pass its config"):
+    with pytest.raises(
+        ConfigError, match=r"not as wide as Stable Diffusion 1 or 2.*: pass its config"
+    ):
         load_unet(path)
     assert load_unet(path, config=tiny_config()).config == tiny_config().unet
 
@@ -55,7 +57,6 @@ CROSS = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.we
 OTHERS = {
     "inpainting": lambda t: t | {FIRST: torch.ones(16, 9, 3, 3)},
     "instruct-pix2pix": lambda t: t | {FIRST: torch.ones(16, 8, 3, 3)},
-    "Stable Diffusion 2": lambda t: t | {CROSS: torch.ones(32, 1024)},
     "Stable Diffusion XL": lambda t: t | {CROSS: torch.ones(32, 2048)},
     "ControlNet": lambda t: t | {"control_model.time_embed.0.weight": torch.ones(1)},
     "LoRA": lambda t: {"lora_unet_mid_block_attentions_0.lora_up.weight": torch.ones(2, 2)},
@@ -68,7 +69,7 @@ OTHERS = {
 def test_other_models_are_refused_by_name(tmp_path: Path, name: str, container: str) -> None:
     path = write_weights(tmp_path / "other", OTHERS[name](tiny_tensors()), container)
     for load in (load_unet, ldm.load):
-        with pytest.raises(FamilyError, match=f"is .*{name}.*; ldm loads Stable Diffusion v1"):
+        with pytest.raises(FamilyError, match=f"is .*{name}.*; ldm loads Stable Diffusion 1 and 2"):
             load(path, config=tiny_config())
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from ldm.cli import main as cli
 from ldm.files import file_sha256
 from ldm.pipeline import TextToImage, load
-from ldm.recipe import read_recipes, save_png
-from tests.helpers import tiny_model
+from ldm.recipe import Addition, read_recipes, save_png
+from tests import loras
+from tests.helpers import tiny_model, write_weights
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,27 @@ def test_a_picture_of_other_versions_is_made_again_and_said_to_be(
     assert generate("--like", "old.png", "-o", "b.png", device=()) == 0
     assert "the last bits may differ" in capsys.readouterr().err
     assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+
+
+def test_a_lora_is_in_the_recipe_and_asked_for_again(
+    generate, model: Path, tmp_path: Path, capsys
+) -> None:
+    pipe = load(model, device="cpu")
+    stages = {"unet": pipe.unet, "text": pipe.text}
+    path = write_weights(tmp_path / "style.safetensors", loras.peft(stages, loras.pairs(stages)))
+    args = ("red", "--steps", "2", "--seed", "4")
+    assert generate(*args, "-o", "plain.png") == 0
+    assert generate(*args, "-o", "a.png", "--lora", f"{path}:0.5") == 0
+    assert Path("a.png").read_bytes() != Path("plain.png").read_bytes()
+    (recipe,) = read_recipes(Path("a.png"))
+    assert recipe.loras == (Addition("style.safetensors", file_sha256(path), 0.5),)
+    assert "loras" not in read_recipes(Path("plain.png"))[0].as_dict()
+    like = ("--like", "a.png", "-o", "b.png")
+    assert generate(*like, "--lora", f"{path}:0.5", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    capsys.readouterr()
+    for extra in ((), ("--lora", f"{path}")):
+        assert generate(*like, *extra, device=()) == 2
+        assert "these LoRAs: style.safetensors:0.5; pass --lora" in capsys.readouterr().err
+    assert generate(*args, "-o", "c.png", "--lora", "nowhere.safetensors") == 2
+    assert "no LoRA at nowhere.safetensors" in capsys.readouterr().err

@@ -25,9 +25,11 @@ from ldm.checkpoints.config_json import config_to_json
 from ldm.checkpoints.convert import convert
 from ldm.checkpoints.download import known_files
 from ldm.checkpoints.keys import PREFIXES, key_map
+from ldm.checkpoints.open_clip import joined
 from ldm.checkpoints.spellings import ema_name
 from ldm.checkpoints.stages import build_stage
-from ldm.config import SD_V1
+from ldm.config import SD_V1, SD_V2, ModelConfig
+from tests import loras
 from tests.checkpoints import malicious as by_hand
 from tests.docs.console import commands, rewrite, run, session, without_bars
 from tests.helpers import (
@@ -72,12 +74,14 @@ def example_files(folder: Path) -> None:
     (folder / "out").mkdir()
 
 
-def official_shapes(stage: str) -> Shapes:
-    """Key -> shape, as Stable Diffusion v1 has them."""
+def official_shapes(stage: str, config: ModelConfig = SD_V1) -> Shapes:
+    """Key -> shape, as official files have them."""
     with torch.device("meta"):
-        model = build_stage(stage, SD_V1)
-    state = model.state_dict()
-    return {official: tuple(state[ours].shape) for ours, official in key_map(model).items()}
+        model = build_stage(stage, config)
+        state = model.state_dict()
+        tensors = {official: state[ours] for ours, official in key_map(model).items()}
+        tensors = joined(tensors) if config.text.open_clip else tensors
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def sparse_safetensors(path: Path, shapes: Shapes, dtype: str, size: int | None = None) -> None:
@@ -130,11 +134,14 @@ def sparse_pickle(path: Path, shapes: Shapes, **beside: bytes) -> None:
 def other_models(folder: Path, sd_v1: Shapes) -> None:
     """What the page lists as refused: as much of each as tells it."""
     first, context = f"{UNET}input_blocks.0.0.weight", "1.transformer_blocks.0.attn2.to_k.weight"
+    sd_v2 = {key: shape for stage in STAGES for key, shape in official_shapes(stage, SD_V2).items()}
     files: dict[str, Shapes] = {
-        "sd-2.safetensors": {f"{UNET}input_blocks.1.{context}": (320, 1024)},
+        "sd-2.safetensors": sd_v2,
+        "unclip.safetensors": {"noise_augmentor.betas": (1000,)},
         "sd-xl.safetensors": {f"{UNET}input_blocks.4.{context}": (640, 2048)},
         "sd-3.safetensors": {f"{UNET}joint_blocks.0.x_block.mlp.fc1.bias": (6144,)},
         "flux.safetensors": {"double_blocks.0.img_attn.qkv.bias": (9216,)},
+        "depth.safetensors": sd_v1 | {first: (320, 5, 3, 3)},
         "inpainting.safetensors": sd_v1 | {first: (320, 9, 3, 3)},
         "pix2pix.safetensors": sd_v1 | {first: (320, 8, 3, 3)},
         "controlnet.safetensors": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
@@ -190,6 +197,12 @@ def small_files(folder: Path) -> None:
     for name, content in files.items():
         write_weights(small / f"{name}.safetensors", content, config=config)
     write_weights(small / "no-config.safetensors", tensors)
+    stages = {stage: build_stage(stage, config) for stage in ("unet", "text")}
+    style = loras.kohya(stages, loras.pairs(stages))
+    write_weights(small / "style.safetensors", style)
+    renamed = {key.replace("_to_q.", "_to_query."): value for key, value in style.items()}
+    write_weights(small / "other.safetensors", renamed)
+    write_weights(small / "loha.safetensors", {"lora_unet_mid_block.hada_w1_a": bias.clone()})
     wrong = config_to_json(config).replace('"num_heads": 2', '"num_heads": 5')
     save_file(tensors, small / "heads.safetensors", metadata={"ldm": wrong})
     convert(small, folder / "no-vae")

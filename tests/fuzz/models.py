@@ -97,7 +97,8 @@ def is_sane(config: ModelConfig) -> bool:
         and falls(config.schedule)
         and 1 <= len(widths) <= 16
         and 1 <= len(vae_widths) <= 16
-        and all(w > 0 and w % unet.num_heads == 0 == w % unet.norm_groups for w in widths)
+        and all(w > 0 == w % (unet.head_width or unet.num_heads) for w in widths)
+        and all(w % unet.norm_groups == 0 for w in widths)
         and all(w > 0 and w % vae.norm_groups == 0 for w in vae_widths)
         and all(0 <= level < len(widths) for level in unet.attention_levels)
         and text.hidden_size % text.num_heads == 0

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.loading import load_text_encoder
+from ldm.config import ModelConfig
 from ldm.text import CLIPTextEncoder
 from tests import oracle_configs
 from tests.helpers import relative_error, rng, small_config, text_in_fp64
@@ -26,12 +27,14 @@ def ours(checkpoint: Path) -> CLIPTextEncoder:
 
 
 @pytest.fixture(scope="session")
-def oracle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+def oracle(
+    checkpoint: Path, config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> nn.Module:
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("clip_config")
-    CLIPTextConfig(**oracle_configs.text(small_config().text)).save_pretrained(folder)
+    CLIPTextConfig(**oracle_configs.text(config.text)).save_pretrained(folder)
     return create_diffusers_clip_model_from_ldm(
         CLIPTextModel, load_file(checkpoint), config=str(folder), local_files_only=True
     )

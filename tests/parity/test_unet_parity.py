@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.loading import load_unet
-from ldm.config import UNetConfig
+from ldm.config import ModelConfig, UNetConfig
 from ldm.unet import UNet
 from tests import oracle_configs
 from tests.helpers import randn, relative_error, small_config
@@ -32,12 +32,12 @@ def ours(checkpoint: Path) -> UNet:
 
 
 @pytest.fixture(scope="session")
-def oracle(checkpoint: Path) -> nn.Module:
+def oracle(checkpoint: Path, config: ModelConfig) -> nn.Module:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    config = oracle_configs.unet(small_config().unet)
-    model = diffusers.UNet2DConditionModel(**config)
-    weights = convert_ldm_unet_checkpoint(load_file(checkpoint), config)
+    theirs = oracle_configs.unet(config.unet)
+    model = diffusers.UNet2DConditionModel(**theirs)
+    weights = convert_ldm_unet_checkpoint(load_file(checkpoint), theirs)
     model.load_state_dict(weights, strict=True)
     return model.eval()
 

@@ -17,11 +17,19 @@ from ldm.checkpoints.diffusers.names import PART_OF
 from ldm.checkpoints.entries import Archive
 from ldm.checkpoints.families import OTHER_INPUTS
 from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER, SCHEDULER_BESIDE
-from ldm.config import SD_V1, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import (
+    OFFICIAL,
+    SD_V1,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldm.errors import NAME, FamilyError, MissingPartsError, UnreadableError, printable
 from ldm.schedule import ending_in_noise, exact_tables
 
-LOADS = "ldm loads Stable Diffusion v1 models"
+LOADS = "ldm loads Stable Diffusion 1 and 2 models"
 
 # What our classes have built in where diffusers' have a choice. An absent field is diffusers'
 # default, which is the same; of all other fields those that are null or false ask for nothing.
@@ -52,6 +60,7 @@ UNET_READ = {
     "out_channels",
     "sample_size",
     "up_block_types",
+    "use_linear_projection",
 }
 VAE_FIXED = {
     "act_fn": "silu",
@@ -75,9 +84,15 @@ UNET_IGNORED = {"addition_embed_type_num_heads", "dropout", "upcast_attention"}
 VAE_IGNORED = {"force_upcast", "sample_size"}
 # transformers writes dozens of fields that mean nothing here, so only these are looked at; and so
 # with the scheduler's, most of which are a sampler's, and ldm has its own samplers.
-TEXT_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+TEXT_FIXED = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+ACTIVATIONS = {False: "quick_gelu", True: "gelu"}  # whether a text encoder is OpenCLIP's
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+# diffusers' pipeline, by the UNet's channels, in and out, where they differ.
+PIPELINES = {
+    (9, 4): "StableDiffusionInpaintPipeline",
+    (8, 4): "StableDiffusionInstructPix2PixPipeline",
+}
 VAE_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
@@ -180,11 +195,9 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
         raise file.family("a latent consistency model (LCM)")
     if added := file.get("addition_embed_type"):
         raise file.family(f"Stable Diffusion XL (addition_embed_type {added!r:.80})")
-    if in_channels != out_channels:
+    if in_channels != out_channels and (in_channels, out_channels) not in PIPELINES:
         what = f"a model with {in_channels} input and {out_channels} output channels"
         raise file.family(OTHER_INPUTS.get(in_channels, what))
-    if context_dim == 1024 or file.get("use_linear_projection"):
-        raise file.family(f"Stable Diffusion 2 (cross_attention_dim {context_dim})")
     file.check_fixed(UNET_FIXED)
     file.check_rest(UNET_READ | UNET_IGNORED | UNET_FIXED.keys())
 
@@ -194,6 +207,9 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
     model_channels, channel_mult = file.widths((320, 640, 1280, 1280))
     if len(down_types) != len(channel_mult):
         raise file.other("down_block_types", down_types, f"{len(channel_mult)} types of levels")
+    linear = file.get("use_linear_projection", False)
+    if not isinstance(linear, bool):
+        raise file.unreadable("use_linear_projection", linear, "true or false")
     attention = [n for n, name in enumerate(down_types) if name == "CrossAttnDownBlock2D"]
     with said_of(file.path):
         config = UNetConfig(
@@ -203,7 +219,8 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
             channel_mult=channel_mult,
             num_res_blocks=file.whole("layers_per_block", 2),
             attention_levels=tuple(attention),
-            num_heads=file.whole("attention_head_dim", 8),  # so diffusers calls their number
+            **read_heads(file, [model_channels * mult for mult in channel_mult]),
+            linear_projections=linear,
             context_dim=context_dim,
             norm_groups=file.whole("norm_num_groups", 32),
         )
@@ -213,6 +230,23 @@ def read_unet_config(file: ConfigFile) -> UNetConfig:
     if up_types != up:
         raise file.other("up_block_types", up_types, f"{up}, the mirror of the way down")
     return config
+
+
+def read_heads(file: ConfigFile, widths: Sequence[int]) -> dict[str, int]:
+    """The number of heads, which diffusers calls `attention_head_dim`; or, where each level has its
+    own, the width that they share.
+
+    Raises: as `read_unet_config`.
+    """
+    heads = file.get("attention_head_dim", 8)
+    if not isinstance(heads, list) or len(heads) <= 1:
+        return {"num_heads": file.whole("attention_head_dim", 8)}
+    if len(heads) != len(widths) or not all(type(one) is int and one > 0 for one in heads):
+        raise file.unreadable("attention_head_dim", heads, f"{len(widths)} whole numbers above 0")
+    shared = widths[0] // heads[0]
+    if any(number * shared != width for number, width in zip(heads, widths, strict=True)):
+        raise file.other("attention_head_dim", heads, "heads of one width, or of one number")
+    return {"head_width": shared}
 
 
 def read_vae_config(file: ConfigFile) -> VAEConfig:
@@ -248,6 +282,9 @@ def read_text_config(file: ConfigFile) -> TextConfig:
     Raises: as `read_unet_config`.
     """
     file.check_fixed(TEXT_FIXED)
+    activation = file.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS.values():
+        raise file.other("hidden_act", activation, " or ".join(map(repr, ACTIVATIONS.values())))
     vocab_size = file.whole("vocab_size", 49408)
     # The official folders say that every CLIP ends with token 2. It never did: the start and the
     # end token are the last of its vocabulary.
@@ -266,6 +303,7 @@ def read_text_config(file: ConfigFile) -> TextConfig:
             max_length=file.whole("max_position_embeddings", 77),
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
+            open_clip=activation == ACTIVATIONS[True],
         )
 
 
@@ -317,7 +355,7 @@ def read_prediction(file: ConfigFile) -> str:
 
 def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
     """A whole config of the files that there are ("unet", "vae", "text", "schedule"), and for the
-    others Stable Diffusion v1's. It has that name too where all its numbers are.
+    others Stable Diffusion v1's. It has the name of the official model that all its numbers are.
 
     Raises: as `read_unet_config`.
     """
@@ -334,7 +372,9 @@ def model_config(name: str, files: Mapping[str, ConfigFile]) -> ModelConfig:
         with said_of(files["unet"].path):
             image_size = files["unet"].whole("sample_size", 64) * vae.factor
             config = dataclasses.replace(config, image_size=image_size)
-    return config if config == SD_V1 else dataclasses.replace(config, name=name)
+    known = (dataclasses.replace(config, name=one.name) for one in OFFICIAL)
+    own = dataclasses.replace(config, name=name)
+    return next((one for one in known if one in OFFICIAL), own)
 
 
 def unet_block_types(config: UNetConfig) -> tuple[list[str], list[str]]:

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.diffusers.configs import (
+    ACTIVATIONS,
     CLASSES,
+    PIPELINES,
     PREDICTION_TYPES,
     VAE_BLOCKS,
     ConfigFile,
@@ -22,7 +24,7 @@ from ldm.checkpoints.diffusers.configs import (
 from ldm.checkpoints.diffusers.names import PART_OF, diffusers_names
 from ldm.checkpoints.folders import CONFIG, PARTS, SCHEDULER
 from ldm.checkpoints.tokenizer_files import write_tokenizer
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, UNetConfig
 from ldm.errors import FamilyError
 from ldm.files import folder_written_whole, write_text, written_whole
 from ldm.text import CLIPTextEncoder
@@ -32,6 +34,7 @@ from ldm.vae import AutoencoderKL
 
 # What the config files that we write are written for.
 DIFFUSERS_VERSION = "0.34.0"
+FIRST = "!"  # token 0 of every vocabulary of this kind: the first of the bytes that are printable
 
 
 def save_folder(
@@ -92,6 +95,13 @@ def diffusers_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, 
     return tensors
 
 
+def written_heads(unet: UNetConfig) -> int | list[int]:
+    """What diffusers calls `attention_head_dim`: one number of heads, or one per level."""
+    if not unet.head_width:
+        return unet.num_heads
+    return [unet.heads(unet.model_channels * mult) for mult in unet.channel_mult]
+
+
 def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The JSON files of a folder: name -> fields.
 
@@ -100,10 +110,13 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """
     unet, vae, text, schedule = config.unet, config.vae, config.text, config.schedule
     down_types, up_types = unet_block_types(unet)
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
+    pad = FIRST if text.open_clip else EOS
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
     files: dict[str, dict[str, Any]] = {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": PIPELINES.get(
+                (unet.in_channels, unet.out_channels), "StableDiffusionPipeline"
+            ),
             "_diffusers_version": DIFFUSERS_VERSION,
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -119,7 +132,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "_class_name": CLASSES["unet"],
             "_diffusers_version": DIFFUSERS_VERSION,
             "act_fn": "silu",
-            "attention_head_dim": unet.num_heads,
+            "attention_head_dim": written_heads(unet),
             "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
             "cross_attention_dim": unet.context_dim,
             "down_block_types": down_types,
@@ -132,6 +145,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "out_channels": unet.out_channels,
             "sample_size": config.image_size // vae.factor,
             "up_block_types": up_types,
+            "use_linear_projection": unet.linear_projections,
         },
         "vae/config.json": {
             "_class_name": CLASSES["vae"],
@@ -151,7 +165,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "architectures": ["CLIPTextModel"],
             "bos_token_id": text.bos_token_id,
             "eos_token_id": text.eos_token_id,
-            "hidden_act": "quick_gelu",
+            "hidden_act": ACTIVATIONS[text.open_clip],
             "hidden_size": text.hidden_size,
             "intermediate_size": text.mlp_size,
             "layer_norm_eps": 1e-5,
@@ -159,7 +173,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "model_type": "clip_text_model",
             "num_attention_heads": text.num_heads,
             "num_hidden_layers": text.num_layers,
-            "pad_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
             "projection_dim": text.hidden_size,
             "vocab_size": text.vocab_size,
         },

@@ -184,15 +184,13 @@ def test_other_ways_to_say_sd_v1(change: tuple[str, str, Any]) -> None:
 
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sdxl": ("unet", {"addition_embed_type": "text_time"}, "this is Stable Diffusion XL"),
-    "sd2": ("unet", {"cross_attention_dim": 1024}, "this is Stable Diffusion 2"),
-    "sd2-linear": ("unet", {"use_linear_projection": True}, "this is Stable Diffusion 2"),
-    "inpainting": ("unet", {"in_channels": 9}, "this is an inpainting model"),
-    "pix2pix": ("unet", {"in_channels": 8}, "this is an instruct-pix2pix model"),
+    "depth": ("unet", {"in_channels": 5}, "this is a depth-to-image model"),
+    "upscaler": ("unet", {"in_channels": 7}, "this is an upscaler"),
     "learnt-variance": ("unet", {"out_channels": 8}, "4 input and 8 output channels"),
     "unet-class": ("unet", {"_class_name": "UNet2DModel"}, "of the class 'UNet2DModel'"),
     "act": ("unet", {"act_fn": "gelu"}, "act_fn is 'gelu', not 'silu'"),
     "eps": ("unet", {"norm_eps": 1e-6}, "norm_eps is 1e-06, not 1e-05"),
-    "heads": ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "not one number"),
+    "heads": ("unet", {"attention_head_dim": [5, 10, 20, 40]}, "not heads of one width"),
     "mid": ("unet", {"mid_block_type": None}, "mid_block_type is None"),
     "sines": ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos is False"),
     "down": (
@@ -211,7 +209,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sd3-vae": ("vae", {"use_quant_conv": False}, "use_quant_conv is False"),
     "vae-levels": ("vae", {"up_block_types": ["UpDecoderBlock2D"] * 3}, "one UpDecoderBlock2D"),
     "vae-sides": ("vae", {"out_channels": 6}, "out_channels is 6"),
-    "openclip": ("text", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'quick_gelu'"),
+    "activation": ("text", {"hidden_act": "relu"}, "hidden_act is 'relu', not 'quick_gelu' or"),
     "bert": ("text", {"model_type": "bert"}, "model_type is 'bert'"),
     "flow": ("schedule", {"prediction_type": "flow_prediction"}, "is 'flow_prediction', not eps"),
     "linear": ("schedule", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
@@ -226,7 +224,7 @@ def test_what_our_classes_cannot_be_is_refused_by_name(
         official_config(stage, **changes)
     message = str(caught.value)
     assert message.startswith("config.json: ") and told in message, message
-    assert message.endswith("; ldm loads Stable Diffusion v1 models") and "\n" not in message
+    assert message.endswith("; ldm loads Stable Diffusion 1 and 2 models") and "\n" not in message
 
 
 def test_a_scheduler_that_says_nothing_has_diffusers_default_and_is_refused() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.diffusers.writing import config_files
 from ldm.checkpoints.opening import open_archive
+from ldm.checkpoints.recognise import recognise
 from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.config import SD_V1, ModelConfig
 from ldm.pipeline import TextToImage
@@ -40,6 +41,7 @@ from tests.helpers import (
     relative_error,
     rng,
     small_config,
+    small_v2_config,
     text_in_fp64,
     tiny_config,
 )
@@ -66,23 +68,27 @@ def outputs(stage: str, model: nn.Module, config: ModelConfig, dtype: torch.dtyp
     return [model.encode(ids) if ours else model(input_ids=ids).last_hidden_state]
 
 
-@pytest.fixture(scope="session", params=[1.0, 0.01], ids=["unit", "small"])
+SMALL = [(small_config(), 1.0), (small_config(), 0.01), (small_v2_config(), 1.0)]
+
+
+@pytest.fixture(scope="session", params=SMALL, ids=["unit", "small", "v2"])
 def small(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Models, Path]:
-    """A model with all of Stable Diffusion v1's levels, and its folder."""
-    models = random_models(small_config(), activation_std=request.param)
-    return models, save(tmp_path_factory.mktemp("small") / "model", models, small_config())
+) -> tuple[Models, Path, ModelConfig]:
+    """A model with all of Stable Diffusion's levels, and its folder."""
+    config, activation_std = request.param
+    models = random_models(config, activation_std=activation_std)
+    return models, save(tmp_path_factory.mktemp("small") / "model", models, config), config
 
 
 @text_in_fp64
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_diffusers_reads_our_folder_and_computes_the_same(
-    diffusers: Any, stage: str, small: tuple[Models, Path]
+    diffusers: Any, stage: str, small: tuple[Models, Path, ModelConfig]
 ) -> None:
-    models, folder = small
-    config = small_config()
+    models, folder, config = small
+    assert dataclasses.replace(recognise(open_archive(folder)).config, name=config.name) == config
     exact = oracle(diffusers, stage, folder, torch.float64)
     theirs = oracle(diffusers, stage, folder, torch.float32)
     references = outputs(stage, exact, config, torch.float64)
