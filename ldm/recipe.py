@@ -94,12 +94,8 @@ class Recipe:
             ValueError: there are other fields, or one is of another type.
         """
         kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        needed = kinds.keys() - {
-            "scale",
-            "captions",
-            "inputs",
-            "loras",
-        }  # as older recipes have not
+        later = {"scale", "captions", "inputs", "loras"}  # older recipes have none of these
+        needed = kinds.keys() - later
         if not isinstance(fields, Mapping) or not needed <= fields.keys() <= kinds.keys():
             raise ValueError(f"a recipe has the fields {', '.join(kinds)}")
         settings = Settings.from_dict(fields["settings"])
