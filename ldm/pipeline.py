@@ -25,8 +25,10 @@ from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, pl
 from ldm.checkpoints.planning import Ema, Plan
 from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
+from ldm.checkpoints.tiny import is_tiny_decoder, load_tiny_decoder
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
+from ldm.errors import ConfigError, DivergedError
 from ldm.observe.nonfinite import decoded, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
@@ -38,7 +40,7 @@ from ldm.speed.waiting import told_when_slow
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
+from ldm.vae import AutoencoderKL, TinyDecoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +57,7 @@ class TextToImage:
         config: the numbers they were built from.
         origin: which files the weights came from, or None where they came from none.
         loras: those that were loaded with `load_lora`, in that order.
+        tiny: a tiny decoder that `decode` uses in place of the autoencoder's, or None.
         low_memory: see `optimize`.
     """
 
@@ -76,6 +79,7 @@ class TextToImage:
         self.config = config
         self.origin = origin
         self.loras: tuple[Lora, ...] = ()
+        self.tiny: TinyDecoder | None = None
 
     @classmethod
     def from_plans(
@@ -120,7 +124,7 @@ class TextToImage:
         """
         device = self.device if device is None else check_device(device)
         dtype = self.dtype if dtype is None else check_dtype(dtype)
-        for stage in (self.unet, self.vae, self.text):
+        for stage in filter(None, (self.unet, self.vae, self.text, self.tiny)):
             stage.to(device=device, dtype=dtype)
         return self
 
@@ -376,6 +380,8 @@ class TextToImage:
         if self.low_memory:
             rest(self.unet)
         images: list[Image] = []
+        if self.tiny is not None:
+            return decoded_roughly(self.tiny, latents)
         for y in decoded(self.vae, latents):  # (1, 3, H, W)
             images += to_images(y)
         if self.low_memory:
@@ -403,6 +409,30 @@ class TextToImage:
         return self.vae.encode(x).mode() * self.vae.config.scaling_factor
 
 
+def check_tiny(tiny: TinyDecoder, config: ModelConfig) -> None:
+    """A ConfigError unless a tiny decoder reads the latents of this model: as many channels, each
+    of 8 pixels along a side. That they mean the same, nothing tells."""
+    ours = (config.vae.latent_channels, config.vae.factor)
+    if ours != (tiny.latent_channels, TinyDecoder.FACTOR):
+        told = f"{ours[0]} channels and {ours[1]} pixels"
+        raise ConfigError(f"TAESD decodes latents of 4 channels and 8 pixels, not of {told}")
+
+
+def decoded_roughly(tiny: TinyDecoder, latents: Tensor) -> list[Image]:
+    """Scaled latents (B, 4, h, w) as pictures, by a tiny decoder.
+
+    Raises:
+        DivergedError: what it makes of them is not finite.
+    """
+    images: list[Image] = []
+    for z in latents[:, None]:  # (1, 4, h, w)
+        y = tiny(z.to(next(tiny.parameters()))).float()  # (1, 3, H, W), 0 to 1
+        if not y.isfinite().all():
+            raise DivergedError("the picture holds numbers that are not finite")
+        images += to_images(2 * y - 1)
+    return images
+
+
 def load(
     path: str | Path | None = None,
     *,
@@ -426,7 +456,8 @@ def load(
         config: for weights that bring none and are not Stable Diffusion v1.
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
-        vae, text: other files or folders, from which these stages come.
+        vae, text: other files or folders, from which these stages come. Where `vae` is TAESD's
+            decoder, `pipe.decode` uses that, roughly and at once; all else is the model's own.
         prediction: what the UNet predicts, where that is not what the file says, or says by
             nothing: "eps", the noise, "v", the velocity, "x0" or "flow" (`ldm.schedule.pair_from`).
         check: look at every number of the weights now (`ldm.checkpoints.filling.fill`).
@@ -440,7 +471,13 @@ def load(
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     path = shipped_weights() if path is None else path
+    tiny = load_tiny_decoder(vae) if vae is not None and is_tiny_decoder(vae) else None
+    vae = vae if tiny is None else None
     sources = open_model(path, config, vae=vae, text=text, prediction=prediction)
     plans = plan_stages(sources, ema)
     tokenizer = require_tokenizer(plans["text"].path, plans["text"].config.text.vocab_size)
-    return TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)
+    pipe = TextToImage.from_plans(plans, tokenizer, device=device, dtype=dtype, check=check)
+    if tiny is not None:
+        check_tiny(tiny, pipe.config)
+        pipe.tiny = tiny.to(device, dtype)
+    return pipe
