@@ -25,11 +25,10 @@ from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, pl
 from ldm.checkpoints.planning import Ema, Plan
 from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
-from ldm.checkpoints.tiny import is_tiny_decoder, load_tiny_decoder
+from ldm.checkpoints.tiny import check_tiny, is_tiny_decoder, load_tiny_decoder
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
-from ldm.errors import ConfigError, DivergedError
-from ldm.observe.nonfinite import decoded, explained
+from ldm.observe.nonfinite import decoded, decoded_roughly, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
 from ldm.samplers import SAMPLERS, Steps, draw_noise, guide, sample
@@ -380,9 +379,9 @@ class TextToImage:
         if self.low_memory:
             rest(self.unet)
         images: list[Image] = []
-        if self.tiny is not None:
-            return decoded_roughly(self.tiny, latents)
-        for y in decoded(self.vae, latents):  # (1, 3, H, W)
+        tiny = self.tiny
+        ys = decoded(self.vae, latents) if tiny is None else decoded_roughly(tiny, latents)
+        for y in ys:  # (1, 3, H, W)
             images += to_images(y)
         if self.low_memory:
             rest(self.vae)
@@ -407,30 +406,6 @@ class TextToImage:
         latent_shape(self.config, levels.shape[1], levels.shape[2])
         x = to_tensor(levels.to(self.device, self.dtype))  # (B, 3, H, W)
         return self.vae.encode(x).mode() * self.vae.config.scaling_factor
-
-
-def check_tiny(tiny: TinyDecoder, config: ModelConfig) -> None:
-    """A ConfigError unless a tiny decoder reads the latents of this model: as many channels, each
-    of 8 pixels along a side. That they mean the same, nothing tells."""
-    ours = (config.vae.latent_channels, config.vae.factor)
-    if ours != (tiny.latent_channels, TinyDecoder.FACTOR):
-        told = f"{ours[0]} channels and {ours[1]} pixels"
-        raise ConfigError(f"TAESD decodes latents of 4 channels and 8 pixels, not of {told}")
-
-
-def decoded_roughly(tiny: TinyDecoder, latents: Tensor) -> list[Image]:
-    """Scaled latents (B, 4, h, w) as pictures, by a tiny decoder.
-
-    Raises:
-        DivergedError: what it makes of them is not finite.
-    """
-    images: list[Image] = []
-    for z in latents[:, None]:  # (1, 4, h, w)
-        y = tiny(z.to(next(tiny.parameters()))).float()  # (1, 3, H, W), 0 to 1
-        if not y.isfinite().all():
-            raise DivergedError("the picture holds numbers that are not finite")
-        images += to_images(2 * y - 1)
-    return images
 
 
 def load(

@@ -10,7 +10,14 @@ import torch
 
 import ldm
 from ldm.checkpoints.tiny import is_tiny_decoder, load_tiny_decoder
-from ldm.errors import ConfigError, FamilyError, KeysError, NonFiniteError, ShapeError
+from ldm.errors import (
+    ConfigError,
+    DivergedError,
+    FamilyError,
+    KeysError,
+    NonFiniteError,
+    ShapeError,
+)
 from ldm.vae import TinyDecoder
 from tests.helpers import (
     CONTAINERS,
@@ -74,6 +81,8 @@ def test_a_model_draws_by_it_and_keeps_its_own_autoencoder(tensors, tmp_path: Pa
     assert saved == (tmp_path / "model.safetensors").read_bytes()
     assert next(pipe.to(dtype=torch.bfloat16).tiny.parameters()).dtype == torch.bfloat16
     assert len(pipe.decode(z)) == 2
+    with pytest.raises(DivergedError, match="latents cannot be decoded: they hold NaN"):
+        pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
 
 
 def test_latents_of_another_kind_are_a_line(tensors, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from ldm.checkpoints.families import TAESD
 from ldm.checkpoints.opening import open_archive
-from ldm.errors import KeysError, NonFiniteError, ShapeError, some
+from ldm.config import ModelConfig
+from ldm.errors import ConfigError, KeysError, NonFiniteError, ShapeError, some
 from ldm.vae import TinyDecoder
 
 
@@ -48,3 +49,12 @@ def load_tiny_decoder(path: str | Path) -> TinyDecoder:
             raise NonFiniteError(f"{archive.path}: {key} holds NaN or infinity")
     model.layers.load_state_dict(state)
     return model.eval().requires_grad_(False)
+
+
+def check_tiny(tiny: TinyDecoder, config: ModelConfig) -> None:
+    """A ConfigError unless a tiny decoder reads the latents of this model: as many channels, each
+    of 8 pixels along a side. That they mean the same, nothing tells."""
+    ours = (config.vae.latent_channels, config.vae.factor)
+    if ours != (tiny.latent_channels, TinyDecoder.FACTOR):
+        told = f"{ours[0]} channels and {ours[1]} pixels"
+        raise ConfigError(f"TAESD decodes latents of 4 channels and 8 pixels, not of {told}")
