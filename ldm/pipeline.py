@@ -27,10 +27,11 @@ from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, pl
 from ldm.checkpoints.planning import Ema, Plan
 from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
+from ldm.checkpoints.tiny import check_tiny, is_tiny_decoder, load_tiny_decoder
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
 from ldm.inputs import Inputs, Keywords, Pictures, asked, told
-from ldm.observe.nonfinite import decoded, explained
+from ldm.observe.nonfinite import decoded, decoded_roughly, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
 from ldm.samplers import (
@@ -54,7 +55,7 @@ from ldm.starting import begin
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL, Posterior
+from ldm.vae import AutoencoderKL, Posterior, TinyDecoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,6 +70,7 @@ class TextToImage:
         origin: which files the weights came from, or None where they came from none.
         workplace: where and how they compute, which `optimize` arranges.
         loras: those that were loaded with `load_lora`, in that order.
+        tiny: a tiny decoder that `decode` uses in place of the autoencoder's, or None.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class TextToImage:
         self.origin = origin
         self.workplace = Workplace()
         self.loras: tuple[Lora, ...] = ()
+        self.tiny: TinyDecoder | None = None
 
     @classmethod
     def from_plans(
@@ -137,6 +140,8 @@ class TextToImage:
         self.workplace = dataclasses.replace(self.workplace, visited=visited)
         for stage in (self.unet, self.vae, self.text):
             stage.to(device="cpu" if visited else device, dtype=dtype)
+        if self.tiny is not None:
+            self.tiny.to(device=device, dtype=dtype)
         return self
 
     def optimize(self, *, low_memory: bool = False) -> Self:
@@ -458,8 +463,10 @@ class TextToImage:
             raise ValueError(f"latents must be (B, {channels}, h, w), not {tuple(latents.shape)}")
         self.workplace.rest(self.unet)
         images: list[Image] = []
-        with self.workplace.at_work(self.vae):
-            for y in decoded(self.vae, latents):  # (1, 3, H, W)
+        tiny = self.tiny
+        with self.workplace.at_work(self.vae if tiny is None else tiny):
+            ys = decoded(self.vae, latents) if tiny is None else decoded_roughly(tiny, latents)
+            for y in ys:  # (1, 3, H, W)
                 images += to_images(y)
         self.workplace.rest(self.vae)
         return images
@@ -522,7 +529,8 @@ def load(
         config: for weights that bring none and are not Stable Diffusion v1.
         ema: True takes the running mean of the UNet's weights, False the weights themselves,
             "auto" the mean where the file has all of it; `pipe.origin.ema` says which it was.
-        vae, text: other files or folders, from which these stages come.
+        vae, text: other files or folders, from which these stages come. Where `vae` is TAESD's
+            decoder, `pipe.decode` uses that, roughly and at once; all else is the model's own.
         tokenizer: one, or a folder with a vocabulary's files; None looks for it where the text
             encoder's weights are and may fetch it, False does without: `pipe.text.encode` takes
             token ids, and prompts are an error.
@@ -539,7 +547,13 @@ def load(
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     path = shipped_weights() if path is None else path
+    tiny = load_tiny_decoder(vae) if vae is not None and is_tiny_decoder(vae) else None
+    vae = vae if tiny is None else None
     sources = open_model(path, config, vae=vae, text=text, prediction=prediction)
     plans = plan_stages(sources, ema)
     known = chosen_tokenizer(tokenizer, plans["text"].path, plans["text"].config.text)
-    return TextToImage.from_plans(plans, known, device=device, dtype=dtype, check=check)
+    pipe = TextToImage.from_plans(plans, known, device=device, dtype=dtype, check=check)
+    if tiny is not None:
+        check_tiny(tiny, pipe.config)
+        pipe.tiny = tiny.to(device, dtype)
+    return pipe

@@ -11,8 +11,10 @@ from ldm.config import SD_V1, SD_V1_INPAINTING, SD_V1_PIX2PIX, SD_V2, ModelConfi
 
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
+TAESD = "3.conv.0.weight"  # a key of TAESD's decoder, which are counted from its first layer
 # Other models, by the beginning of keys that they alone have; the first that fits counts.
 OTHERS = {
+    TAESD: "TAESD, a tiny decoder (load a model, and pass this to ldm.load as vae=)",
     "lora_controlnet": "a control-LoRA, a small ControlNet",
     "control_model.": "a ControlNet",
     "input_hint_block.": "a ControlNet",

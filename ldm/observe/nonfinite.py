@@ -26,7 +26,7 @@ from ldm.samplers.loop import predict
 from ldm.samplers.soundness import ailment, is_sound
 from ldm.text import CLIPTextEncoder
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
+from ldm.vae import AutoencoderKL, TinyDecoder
 
 
 def explained(
@@ -98,6 +98,21 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """The pictures of scaled latents, computed in the decoder's precision, as float32."""
     z = z.to(vae.post_quant_conv.weight)
     return vae.decode(z / vae.config.scaling_factor).float()
+
+
+def decoded_roughly(tiny: TinyDecoder, latents: Tensor) -> Iterator[Tensor]:
+    """The same by a tiny decoder, in its own precision.
+
+    Raises:
+        DivergedError: latents are not sound, or what is made of them is not finite.
+    """
+    for z in latents.to(next(tiny.parameters()))[:, None]:  # (1, C, h, w)
+        y = 2 * tiny(z).float() - 1  # (1, 3, H, W)
+        if not is_sound(z):
+            raise DivergedError(f"latents cannot be decoded: they hold {ailment(z)}")
+        if not y.isfinite().all():
+            raise DivergedError(f"the picture holds {ailment(y)}")
+        yield y
 
 
 class _Found(Exception):

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.checkpoints import noise
+from ldm.checkpoints.convert import convert
 from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.loading import load_stages, load_text_encoder, load_unet, load_vae
 from ldm.checkpoints.opening import open_archive
 from ldm.checkpoints.recognise import recognise
 from ldm.checkpoints.saving import save_checkpoint
 from ldm.checkpoints.stages import empty_stage
+from ldm.checkpoints.tokenizer_files import write_tokenizer
 from ldm.config import SD_V1, SD_V2, SD_V2_768, ModelConfig
 from ldm.errors import FamilyError, KeysError
 from ldm.files import file_sha256
@@ -36,7 +38,7 @@ BLOCKS = "cond_stage_model.model.transformer.resblocks."
 
 def tiny_v2() -> ModelConfig:
     config = tiny_config()
-    unet = dataclasses.replace(config.unet, head_width=8, linear_projections=True)
+    unet = dataclasses.replace(config.unet, num_heads=8, head_width=8, linear_projections=True)
     text = dataclasses.replace(config.text, open_clip=True)
     return dataclasses.replace(config, unet=unet, text=text, prediction="v")
 
@@ -117,6 +119,24 @@ def test_places_behind_the_end_are_filled_with_token_0(tmp_path: Path) -> None:
     (row,) = text.tokenize(["red"]).tolist()
     end = row.index(529)
     assert row[0] == 528 and set(row[end + 1 :]) == {0} and end < 11
+
+
+def test_a_whole_model_draws_is_traced_and_converts_there_and_back(v2, tmp_path: Path) -> None:
+    path, _ = v2
+    write_tokenizer(tiny_tokenizer(), tmp_path)
+    pipe = ldm.load(path, device="cpu")
+    assert pipe.config.prediction == "v"
+    found = ldm.trace(pipe, "a red house", steps=2)
+    assert [word.text for word in found.words[1:-1]] == ["a", "red", "house"]
+    assert found.words[-1].text == "<|endoftext|>" and found.heads == 1
+    assert found.tokens[found.words[-1].tokens[0] + 1] == "!"
+    convert(path, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    again = ldm.load(tmp_path / "again.safetensors", device="cpu")
+    assert dataclasses.replace(again.config, name="tiny") == tiny_v2()
+    settings = {"steps": 2, "seed": 3}
+    ours, theirs = pipe("red", **settings), again("red", **settings)
+    assert ours[0].tobytes() == theirs[0].tobytes()
 
 
 # --- Told by its keys and shapes ---------------------------------------------------------------

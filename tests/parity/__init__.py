@@ -9,6 +9,10 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
+from tests.helpers import small_config
+
+# The autoencoder is the same in Stable Diffusion 1 and 2.
+only_v1 = pytest.mark.parametrize("config", [small_config()], indirect=True, ids=["small"])
 # Only small activations are sensitive to the epsilon of a norm.
 only_small = pytest.mark.parametrize("activation_std", [0.01], indirect=True, ids=["small"])
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ldm.checkpoints.loading import load_text_encoder, load_unet, load_vae
+from ldm.config import ModelConfig
 from ldm.speed.cpu import has_onednn, optimize
 from tests.helpers import randn, small_config, text_in_fp64
-from tests.parity import assert_parity
+from tests.parity import assert_parity, only_v1
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="this PyTorch is without oneDNN")
@@ -22,10 +23,10 @@ LATENTS = [(9, 13), (24, 24), (16, 40)]
 
 
 @pytest.fixture(scope="session")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def configs(tmp_path_factory: pytest.TempPathFactory, config: ModelConfig) -> Path:
     from tests.benchmarks.diffusers_side import write_configs
 
-    return write_configs(tmp_path_factory.mktemp("fast") / "configs", small_config())
+    return write_configs(tmp_path_factory.mktemp("fast") / "configs", config)
 
 
 def oracle(stage: str, checkpoint: Path, configs: Path) -> nn.Module:
@@ -48,6 +49,7 @@ def test_the_fast_unet_agrees_with_diffusers(
     assert_parity(mine, oracles, reference, "eps")
 
 
+@only_v1
 @pytest.mark.parametrize("size", LATENTS, ids=str)
 @torch.no_grad()
 def test_the_fast_decoder_agrees_with_diffusers(
@@ -60,6 +62,7 @@ def test_the_fast_decoder_agrees_with_diffusers(
     assert_parity(mine, oracles, theirs.double().decode(z.double()).sample, "picture")
 
 
+@only_v1
 @pytest.mark.parametrize("size", [(72, 104), (64, 64)], ids=str)
 @torch.no_grad()
 def test_the_fast_encoder_agrees_with_diffusers(

@@ -14,7 +14,7 @@ from ldm.checkpoints.loading import load_vae
 from ldm.vae import AutoencoderKL, Posterior
 from tests import oracle_configs
 from tests.helpers import randn, relative_error, small_config
-from tests.parity import assert_parity, only_small
+from tests.parity import assert_parity, only_small, only_v1
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -43,6 +43,7 @@ def on(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
+@only_v1
 def test_moments_agree_with_diffusers(
     ours: AutoencoderKL, oracle: nn.Module, size: tuple[int, int], device: str
 ) -> None:
@@ -71,6 +72,7 @@ def test_kl_agrees_with_diffusers(device: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
+@only_v1
 def test_decoder_agrees_with_diffusers(
     ours: AutoencoderKL, oracle: nn.Module, size: tuple[int, int], device: str
 ) -> None:
@@ -85,6 +87,7 @@ def test_decoder_agrees_with_diffusers(
 @only_small
 @pytest.mark.parametrize("norms", [("norm1", "norm2"), ("attention.norm",), ("norm_out",)], ids=str)
 @torch.no_grad()
+@only_v1
 def test_parity_would_show_a_wrong_epsilon(
     ours: AutoencoderKL,
     oracle: nn.Module,

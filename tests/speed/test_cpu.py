@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ldm
-from ldm.attention import AttentionWeights
+from ldm.attention import AttentionWeights, Pointwise
 from ldm.checkpoints.loading import load_stages
 from ldm.layers import Upsample
 from ldm.speed import workplace
@@ -106,7 +106,17 @@ def test_every_plain_layer_gets_its_fast_one_and_keeps_its_name() -> None:
     assert {name: type(part) for name, part in fast.named_modules()} == {
         name: FAST.get(kind, kind) for name, kind in kinds.items()
     }
-    assert set(FAST) <= set(kinds.values())
+    assert set(FAST) - {Pointwise} <= set(kinds.values())  # which Stable Diffusion 2 has
+
+
+@torch.no_grad()
+def test_a_linear_layer_at_each_place_gives_the_plain_ones_numbers() -> None:
+    plain = randomise(Pointwise(48, 96), rng())
+    fast = copy.deepcopy(plain)
+    optimize(fast)
+    assert type(fast) is FAST[Pointwise]
+    x = randn(2, 48, 9, 7)
+    assert relative_error(fast(x), plain(x)) < CLOSE
 
 
 @torch.no_grad()

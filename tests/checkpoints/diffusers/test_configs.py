@@ -313,7 +313,7 @@ def test_a_folder_may_have_any_name(folder: Path, tmp_path: Path) -> None:
     "config",
     [
         dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, channel_mult=(2, 4, 4, 4))),
-        dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, in_channels=9)),
+        dataclasses.replace(SD_V1, unet=dataclasses.replace(SD_V1.unet, in_channels=6)),
         dataclasses.replace(SD_V1, image_size=500),
     ],
     ids=["width", "channels", "size"],
