@@ -83,7 +83,7 @@ def _words(trace: Trace) -> str:
         cells.append(_figure(overlay(image, weights, *tops), alt, *caption.splitlines()))
     more = f" (the first {MAX_WORDS} of {len(words)} words)" if len(words) > MAX_WORDS else ""
     return _row(
-        f"which places looked at a word, up to its largest share of attention (scale per word){more}",
+        f"which places looked at a word, up to its largest share of it (scale per word){more}",
         cells,
     )
 
