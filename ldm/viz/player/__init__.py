@@ -12,6 +12,7 @@
     page.py        `player_html`: from films to the page, with what follows
     page.html      the template
     page.css       the style
+    model/         what a page needs that holds a model: normals.js, the noise of a seed as torch has it
     script/        the script, joined in the order that page.py states:
                    data.js      what the page holds, and the one state that changes
                    maps.js      attention: a word's map at a step
