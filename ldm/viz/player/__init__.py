@@ -12,7 +12,10 @@
     page.py        `player_html`: from films to the page, with what follows
     page.html      the template
     page.css       the style
-    model/         what a page needs that holds a model: normals.js, the noise of a seed as torch has it
+    model/         what a page needs that holds a model, as modules of their own:
+                   normals.js   the noise of a seed, as torch has it
+                   tokenizer.js a prompt's token ids
+                   sampling.js  DDIM: its grid, its step, and what a prediction says
     script/        the script, joined in the order that page.py states:
                    data.js      what the page holds, and the one state that changes
                    maps.js      attention: a word's map at a step
