@@ -9,8 +9,9 @@ so that no number moves by more than half a scale. The graph multiplies them out
 a runtime loads it. "Cast" and "Mul" say that, and not ONNX's own "DequantizeLinear": runtimes fold
 the former into the weights when they load a graph, and leave the latter to every call.
 
-A few layers matter more than all others: those at a UNet's own size, beside its input and its
-output, whose error no later layer evens out. They are few numbers, and are kept in half precision.
+A few layers matter more than all others: those at the full size or near it, beside a network's
+input and output, whose error no later layer evens out. They are few numbers, and are kept in half
+precision.
 """
 
 from __future__ import annotations

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 NEEDED = ("onnx", "onnxscript")
 WEIGHTS = "unet.weights"
-HALF = ("unet.conv_in.", "unet.down.0.", "unet.up.0.", "unet.conv_out.")
+HALF = (
+    *("unet.conv_in.", "unet.down.0.", "unet.up.0.", "unet.conv_out."),
+    *("unet.up.1.upsample.", "unet.up.1.blocks.1.res."),
+    *("vae.decoder.conv_in.", "vae.decoder.up.0.", "vae.decoder.up.1.", "vae.decoder.conv_out."),
+)
 """The weights that are kept in half precision where others are int8, by their beginnings."""
 
 
