@@ -8,11 +8,14 @@ Attention is a share: at each place the weights of all tokens sum to 1, and the 
 takes most of it. The maps here are mean shares, over heads, layers and steps, in percent; what a
 word gets may be a tenth of what another gets, so a picture depends on its scale. There are two, and
 every picture says which it has: "per word" lets each map fill the colours, and shows where;
-"absolute" gives all maps one scale, and shows how much.
+"absolute" gives all maps one scale, and shows how much. A map whose peak is less than `FLAT` times
+its mean shows no place: filling the colours it would glow like a find, so "per word" leaves it dark
+and says that it is nearly the same everywhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +31,10 @@ from ldm.viz.runs import spaced
 
 SCALES = ("per word", "absolute")
 PER_ROW = 6
+FLAT = 1.5
+"""How many times its mean a map's peak is at least, where the map shows a place."""
+
+EVERYWHERE = "nearly the same everywhere"
 
 Words = Sequence[str | Word] | str | Word
 
@@ -182,11 +189,20 @@ def chosen_words(trace: Trace, words: Words | None) -> list[Word]:
 
 
 def brightest(maps: Sequence[Sequence[Tensor]], scale: str) -> list[float]:
-    """The weight that each word's maps draw brightest: their own largest, or that of all."""
+    """The weight that each word's maps draw brightest: their own largest, or that of all; infinite
+    where maps of their own scale are flat, so that nothing of them is bright."""
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: there are {', '.join(SCALES)}")
     tops = [max(max(float(m.max()) for m in row), 1e-12) for row in maps]
-    return tops if scale == "per word" else [max(tops)] * len(tops)
+    if scale == "absolute":
+        return [max(tops)] * len(tops)
+    return [math.inf if is_flat(row) else top for row, top in zip(maps, tops, strict=True)]
+
+
+def is_flat(maps: Sequence[Tensor]) -> bool:
+    """Whether maps are nearly the same everywhere, on one scale: their peak below FLAT means."""
+    peak = max(float(m.max()) for m in maps)
+    return peak < FLAT * sum(float(m.mean()) for m in maps) / len(maps)
 
 
 def picture_of(trace: Trace, picture: Image.Image | None) -> Image.Image:
@@ -214,8 +230,10 @@ def share(
 
 def captioned(words: Sequence[Word], tops: Sequence[float], scale: str) -> list[str]:
     """Each word, and its scale where it has its own."""
-    ends = [f"\n0 to {percent(top)}" if scale == "per word" else "" for top in tops]
-    return [word.text + end for word, end in zip(words, ends, strict=True)]
+    if scale == "absolute":
+        return [word.text for word in words]
+    ranges = [f"0 to {percent(top)}" if top < math.inf else EVERYWHERE for top in tops]
+    return [f"{word.text}\n{said}" for word, said in zip(words, ranges, strict=True)]
 
 
 def percent(number: float) -> str:

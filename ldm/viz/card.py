@@ -13,7 +13,7 @@ from html import escape
 from PIL import Image
 
 from ldm.observe.traces import Trace
-from ldm.viz.attention import overlay, percent, picture_of, share
+from ldm.viz.attention import brightest, captioned, overlay, picture_of, share
 from ldm.viz.grids import fitted
 from ldm.viz.runs import drawn_by, spaced, values
 from ldm.viz.strips import NAMES
@@ -77,13 +77,13 @@ def _words(trace: Trace) -> str:
     cells = []
     for word in words[:MAX_WORDS]:
         weights = share(trace, word, None, None, "daam")
-        alt = f"where {word.text!r} looked"
-        cells.append(
-            _figure(overlay(image, weights), alt, word.text, percent(float(weights.max())))
-        )
+        tops = brightest([[weights]], "per word")
+        (caption,) = captioned([word], tops, "per word")
+        alt = f"which places looked at {word.text!r}"
+        cells.append(_figure(overlay(image, weights, *tops), alt, *caption.splitlines()))
     more = f" (the first {MAX_WORDS} of {len(words)} words)" if len(words) > MAX_WORDS else ""
     return _row(
-        f"where each word looked, up to its largest share of attention (scale per word){more}",
+        f"which places looked at a word, up to its largest share of it (scale per word){more}",
         cells,
     )
 

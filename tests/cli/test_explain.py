@@ -42,6 +42,10 @@ def test_the_command_writes_a_page_named_after_the_prompt(
         (["a", "--compare-sampler", "eluer"], "unknown sampler"),
         (["a", "--seed", "1", "--compare-seed", "1"], "the first again"),
         (["a", "--height", "7"], "height must be"),
+        (["a", "--live", "--sampler", "euler"], "by ddim alone"),
+        (["a", "--live", "--compare", "b"], "nothing to compare"),
+        (["a", "--live", "--runtime", "nowhere"], "nowhere has no ort"),
+        (["a", "--runtime", "nowhere"], "--runtime is of --live"),
     ],
 )
 def test_the_command_refuses_before_the_weights_are_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from itertools import chain
 from typing import Any
@@ -163,10 +164,23 @@ def test_the_scale_is_said_with_its_range(asked: dict[str, Any]) -> None:
 
 def test_one_scale_is_the_largest_of_all() -> None:
     maps = [[torch.tensor([[0.1, 0.2]])], [torch.tensor([[0.4, 0.0]])]]
-    assert brightest(maps, "per word") == pytest.approx([0.2, 0.4])
+    assert brightest(maps, "per word") == [math.inf, pytest.approx(0.4)]
     assert brightest(maps, "absolute") == pytest.approx([0.4, 0.4])
     with pytest.raises(ValueError, match="unknown scale 'global': there are per word, absolute"):
         brightest(maps, "global")
+
+
+def test_a_map_that_is_nearly_flat_is_said_to_be_so_and_stays_dark(asked: dict[str, Any]) -> None:
+    run = made_trace()
+    maps = {name: torch.full_like(layer, 0.1) for name, layer in run.maps.items()}
+    for layer in maps.values():
+        layer[..., 0, 0, 2] = 0.14  # "red"
+        layer[..., 0, 0, 3] = 0.2  # "house"
+    viz.attention(made_trace(maps=maps), ["red", "house"], picture=WHITE, size=None)
+    assert asked["captions"][0][1] == "red\nnearly the same everywhere"
+    assert asked["captions"][0][2].startswith("house\n0 to ")
+    _, red, house = (brightness(image) for image in asked["rows"][0])
+    assert len(np.unique(red)) == 1 and red.max() < house.max() - 20
 
 
 def test_all_words_are_shown_unless_some_are_named(asked: dict[str, Any]) -> None:

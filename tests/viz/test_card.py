@@ -118,7 +118,7 @@ def test_a_card_of_a_trace_that_lacks_something_shows_the_rest(run: Trace) -> No
 
 def test_a_prompt_of_no_words_has_no_row_of_them() -> None:
     run = made_trace(words=(Word("<start>", (0,)), Word("<end>", (4, 5))))
-    assert "where each word looked" not in trace_html(run)
+    assert "which places looked" not in trace_html(run)
 
 
 def test_jupyter_shows_the_card_that_was_registered_last_or_plain_text(

@@ -10,8 +10,16 @@
     captions.py    what the page says of whole runs
     encoding.py    pictures, maps and numbers as text, as fine as there is room for
     page.py        `player_html`: from films to the page, with what follows
+    live.py        a page that holds the model itself, and draws
+    runtime.py     what runs it there: ONNX Runtime Web, found or fetched, and checked
     page.html      the template
     page.css       the style
+    model/         what a page needs that holds a model, as modules of their own:
+                   normals.js   the noise of a seed, as torch has it
+                   tokenizer.js a prompt's token ids
+                   sampling.js  DDIM: its grid, its step, and what a prediction says
+                   engine.js    a run of the exported graphs (`ldm.export`)
+                   live.js      the page: what is asked for, and the steps to look at again
     script/        the script, joined in the order that page.py states:
                    data.js      what the page holds, and the one state that changes
                    maps.js      attention: a word's map at a step

@@ -6,6 +6,7 @@ These tests need Chromium, Playwright's Python package and axe-core's script, wh
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from ldm.viz.player.film import Film
 from ldm.viz.player.page import player_html
 from ldm.viz.player.story import percent, sentence, timeline
 from tests.places import ROOT
-from tests.viz.player.films import ALPHA_BAR
+from tests.viz.player.films import ALPHA_BAR, a_long_film
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -126,7 +127,7 @@ def test_scrubbing_shows_each_step_as_it_was(tab: Tab, one: Film) -> None:
     seen = set()
     for position in range(6):
         tab.page.locator("#slider").fill(str(position))
-        assert tab.text("#sentences") == sentence(one.run, position)
+        assert tab.text(".sentence") == sentence(one.run, position)
         assert tab.text("#where-now").startswith(f"{position + 1} / 6")
         for name, images in (("x", one.x), ("x0", one.x0)):
             script = (
@@ -342,6 +343,62 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
         small = "[...document.querySelectorAll('button, summary')].map((b) => b.clientHeight)"
         assert min(tab.page.evaluate(small)) >= 24  # WCAG 2.2, target size
         tab.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
+def test_the_sentence_stands_under_the_picture_within_the_first_screen(
+    browser: Any, tmp_path: Path, width: int, height: int
+) -> None:
+    film = a_long_film(size=128, latent=16, levels=(1,), words=7, steps=3)
+    for films in ([film], [film, film]):
+        path = tmp_path / f"{len(films)}.html"
+        path.write_text(player_html(films, ALPHA_BAR), encoding="utf-8")
+        tab = Tab(browser, path, viewport={"width": width, "height": height})
+        box = "(s) => { const b = document.querySelector(s).getBoundingClientRect(); "
+        x0 = tab.page.evaluate(box + "return b.bottom }", ".x0 canvas")
+        said = tab.page.evaluate(box + "return b.top }", ".sentence")
+        timeline = tab.page.evaluate(box + "return b.top }", ".transport")
+        assert x0 <= said < timeline
+        if len(films) == 1:  # two runs on a phone have narrow sentences, which go on below
+            assert tab.page.evaluate(box + "return b.bottom }", ".sentence span") <= timeline
+        tab.close()
+
+
+@pytest.mark.slow
+def test_tapping_a_word_on_a_phone_shifts_nothing(browser: Any, paths: list[Path]) -> None:
+    options = {"is_mobile": True, "has_touch": True}
+    tab = Tab(browser, paths[0], viewport={"width": 390, "height": 844}, **options)
+    places = (
+        "[...document.querySelectorAll('canvas, button, section, details')]"
+        ".map((e) => [e.getBoundingClientRect().top, e.getBoundingClientRect().height])"
+    )
+    before = tab.page.evaluate(places)
+    for word in ("red", "start of text", "end of text"):
+        tab.word(word).tap()
+        assert tab.page.evaluate(places) == before, word
+    tab.close()
+
+
+@pytest.mark.parametrize("peak, shows", [(1.4, False), (1.6, True)])
+def test_a_flat_map_is_said_to_be_one_and_does_not_glow(
+    browser: Any, tmp_path: Path, peak: float, shows: bool
+) -> None:
+    film = a_long_film(size=32, latent=4, levels=(0,), words=2, steps=2)
+    maps = {"0": torch.full((2, 4, 4, 4), 0.1)}
+    # A mean of one tenth: what the brightest place has more, all others have less.
+    maps["0"][..., 1] = 0.1 * (1 - (peak - 1) / 15)
+    maps["0"][:, 2, 1, 1] = 0.1 * peak
+    run = dataclasses.replace(film.run, maps=maps)
+    path = tmp_path / "flat.html"
+    path.write_text(player_html([dataclasses.replace(film, run=run)], ALPHA_BAR), encoding="utf-8")
+    tab = Tab(browser, path)
+    tab.word("word1").hover()
+    assert ("nearly the same everywhere" in tab.text("#looking")) is not shows
+    drawn = tab.pixels("x0")
+    tab.choose("scale", "shared")  # where every word is shown as bright as it is
+    assert tab.pixels("x0") != drawn or shows
+    tab.close()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ function draw() {
     if (chosen() && word !== null) {
       const map = wordMap(run, frame, word);
       const peak = state.scale === "own" ? peakOf(map) : sharedPeak(run, frame);
-      overlay = heat(map, peak, (share) => Math.min(0.88, 1.5 * share));
+      const bare = state.scale === "own" && isFlat(map); // stretched to its own peak, it would lie
+      overlay = heat(map, peak, (share) => (bare ? 0 : Math.min(0.88, 1.5 * share)));
       looking.push(lookingWords(run, i, word, map, peak));
     } else if (chosen()) {
       looking.push(`Run ${LETTERS[i]} has no such word.`);

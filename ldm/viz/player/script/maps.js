@@ -49,6 +49,11 @@ function wordMap(run, frame, word) {
     : storedMap(run, Number(state.where), shown, word);
 }
 
+// Below this many times its mean, a map's peak is no place to point at: stretched to its own peak the
+// map would glow like a find. The pictures of ldm.viz.attention have the same.
+const FLAT = 1.5;
+const isFlat = (map) => peakOf(map) < FLAT * meanOf(map);
+
 const peakOf = (map) => map.values.reduce((most, value) => Math.max(most, value), 0);
 const meanOf = (map) => map.values.reduce((sum, value) => sum + value, 0) / map.values.length;
 

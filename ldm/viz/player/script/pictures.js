@@ -88,10 +88,10 @@ function makeRuns() {
       }
     }
     run.elements.sentence = element("span");
-    const sentence = element("p", { className: "sentence" }, run.elements.sentence);
-    if (runs.length > 1) sentence.prepend(tag(i));
-    if (i === runs.length - 1) sentence.append(element("span", { id: "apart" }));
-    byId("sentences").append(sentence);
+    copy.querySelector(".sentence").append(run.elements.sentence);
+    if (i === runs.length - 1) {
+      copy.querySelector(".sentence").append(element("span", { id: "apart" }));
+    }
     byId("runs").append(copy);
   });
 }

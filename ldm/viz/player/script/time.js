@@ -10,7 +10,8 @@ function go(position) {
   byId("spoken").textContent = "";
   if (!state.playing) {
     resting = setTimeout(() => {
-      byId("spoken").textContent = byId("sentences").innerText;
+      const said = [...document.querySelectorAll(".sentence")].map((one) => one.innerText);
+      byId("spoken").textContent = said.join(" ");
     }, 800);
   }
 }

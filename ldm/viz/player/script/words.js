@@ -2,8 +2,8 @@
 // its map is shown.
 
 const HINT =
-  "Point at a word, or tab to it, to lay its attention over the guess of the finished picture. " +
-  "Press it to keep it there; Escape lets go.";
+  "Point at a word, or tab to it, to see which places of the picture look at it. Press it to keep " +
+  "that there; Escape lets go.";
 
 const chosen = () => state.pointed || state.pinned;
 
@@ -26,9 +26,10 @@ function lookingWords(run, i, word, map, peak) {
   const when = state.when === "average" ? "on average over all steps" : "at this step";
   const name = wordName(run.words[word]);
   const scale = state.scale === "own" ? "" : ` Full brightness is ${percent(peak)}.`;
+  const flat = isFlat(map) ? " That is nearly the same everywhere." : "";
   return (
     `${who}${name[0].toUpperCase() + name.slice(1)} gets up to ${percent(peakOf(map))} of a ` +
-    `place’s attention ${when}; the mean over the picture is ${percent(meanOf(map))}.${scale}`
+    `place’s attention ${when}; the mean over the picture is ${percent(meanOf(map))}.${flat}${scale}`
   );
 }
 
