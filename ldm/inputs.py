@@ -66,6 +66,9 @@ class Keywords(TypedDict, total=False):
     variation_strength: float
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
+    weighting: bool
+    clip_skip: int
+    long_prompts: bool
     image: Pictures | None
     mask: Pictures | None
     latents: Tensor | None
@@ -174,6 +177,12 @@ class Inputs:
                 raise ValueError(f"a variation is of the seeds' own starting noise, not of {name}")
         if self.uncond_context is not None and settings.negative_prompt:
             raise ValueError("uncond_context stands in negative_prompt's place: pass one of them")
+
+        if settings.long_prompts and (self.context is None) != (self.uncond_context is None):
+            raise ValueError(
+                "long_prompts makes contexts of one length: pass both context and uncond_context, "
+                "or none"
+            )
 
     def check_noise(self, settings: Settings, shape: tuple[int, ...], grid: Levels) -> None:
         """A ValueError if the noise cannot be drawn here, or is not what the run will draw."""

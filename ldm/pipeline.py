@@ -34,6 +34,7 @@ from ldm.inputs import Inputs, Keywords, Pictures, asked, told
 from ldm.observe.nonfinite import decoded, decoded_roughly, explained
 from ldm.pictures import Picture, stack, to_images, to_tensor
 from ldm.presets import PRESETS
+from ldm.prompts import MOST_CHUNKS, Reading
 from ldm.samplers import (
     EpsFn,
     Generators,
@@ -48,7 +49,7 @@ from ldm.samplers import (
 )
 from ldm.samplers.guidance import Scale
 from ldm.schedule import NoiseSchedule
-from ldm.settings import Settings, latent_shape
+from ldm.settings import Settings, bytes_held, check_bytes, latent_shape
 from ldm.speed.waiting import told_when_slow
 from ldm.speed.workplace import Workplace
 from ldm.starting import begin
@@ -283,6 +284,12 @@ class TextToImage:
                 prompt's own have; 0.7 is usual where a schedule ends in pure noise.
             guidance_interval: (low, high), the timesteps from and to which there is guidance; the
                 other steps cost half. None is everywhere.
+            weighting: whether brackets in the prompts weigh words, `"a (red:1.3) house"`, as in
+                AUTOMATIC1111's program (`ldm.prompts`).
+            clip_skip: how many of the text encoder's last layers are left out, 0 to all but one.
+                What that program calls "Clip skip 2" is 1.
+            long_prompts: whether tokens that do not fit are read in further chunks, instead of left
+                out (`CLIPTextEncoder.read`). All pictures of a run must then have as many chunks.
             callback: callback(step, count) is told of every step, of so many; if it returns False
                 the run ends there, and `pipe(...)` draws the clean estimate of that step.
 
@@ -322,6 +329,7 @@ class TextToImage:
         """
         settings.check(self.config)
         inputs.check(settings, self.config)
+        self.chunks(settings, inputs)  # or an error, before a picture is encoded
         preset, walk = PRESETS[settings.like], inputs.walk(settings, self.schedule)
         source = inputs.source(settings)
         shape = latent_shape(self.config, settings.height, settings.width)
@@ -405,10 +413,12 @@ class TextToImage:
         guided."""
         count = settings.num_images
         context, uncond_context = inputs.context, inputs.uncond_context
+        chunks = self.chunks(settings, inputs)
         if context is None:
-            context = self.context(settings.prompts)  # (B, L, D)
+            context = self.context(settings.prompts, settings.reading, chunks)  # (B, L, D)
         if uncond_context is None:
-            uncond_context = self.context(settings.negative_prompts)  # (B, L, D)
+            negative, reading = settings.negative_prompts, settings.negative_reading
+            uncond_context = self.context(negative, reading, chunks)  # (B, L, D)
         # Matrix products round differently with the size of the batch, and a sampler can amplify
         # that a hundredfold. On a CPU, where a batch gains least, each image is asked alone.
         images_per_call = 1 if self.device.type == "cpu" else None
@@ -430,7 +440,9 @@ class TextToImage:
         return explained(
             steps,
             text=self.text,
-            encode=lambda: self.context([*settings.prompts, *settings.negative_prompts]),
+            encode=lambda: self.context(
+                [*settings.prompts, *settings.negative_prompts], settings.reading
+            ),
             unet=self.unet,
             eps_fn=eps_fn,
             guidance_scale=settings.guidance_scale,
@@ -438,12 +450,51 @@ class TextToImage:
 
     # --- Words and pictures ------------------------------------------------------------------
 
+    def chunks(self, settings: Settings, inputs: Inputs = Inputs()) -> int:
+        """How many chunks of tokens the contexts of a run have, those of the prompts and of the
+        negative prompts alike: 1 but for `long_prompts`.
+
+        Raises:
+            ValueError: in one line, if they are too many, or some pictures need more than others: a
+                chunk more changes a picture, which would then not be that of its prompt alone.
+        """
+        if not settings.long_prompts or inputs.context is not None:
+            return 1
+        pairs = dict.fromkeys(zip(settings.prompts, settings.negative_prompts, strict=True))
+        reading = settings.reading
+        counts = {max(self.text.chunks(prompt, reading) for prompt in pair) for pair in pairs}
+        if max(counts) > MOST_CHUNKS:
+            raise ValueError(
+                f"long_prompts: a prompt takes {max(counts)} chunks, more than {MOST_CHUNKS}"
+            )
+        if len(counts) > 1:
+            raise ValueError(
+                "long_prompts: the pictures of a run must need as many chunks, and these need "
+                f"{', '.join(map(str, sorted(counts)))}: draw them apart"
+            )
+        size = (settings.num_images, settings.height, settings.width)
+        check_bytes("long_prompts", bytes_held(self.config, *size, *counts))
+        return counts.pop()
+
     @torch.no_grad()
-    def context(self, prompts: Sequence[str]) -> Tensor:
+    def context(
+        self, prompts: Sequence[str], reading: Reading = Reading(), chunks: int | None = None
+    ) -> Tensor:
         """The text states of prompts, (B, max_length, context_dim). An equal prompt is encoded
-        once, and alone, so that an image does not depend on its neighbours in the batch."""
+        once, and alone, so that an image does not depend on its neighbours in the batch.
+
+        Args:
+            reading: how they are read; with `long_prompts` the context has as many times
+                `max_length` places as it has chunks.
+            chunks: how many these are; None is as many as the longest prompt needs.
+        """
+        if chunks is None:
+            chunks = max(self.text.chunks(prompt, reading) for prompt in prompts)
         with self.workplace.at_work(self.text):
-            states = {prompt: self.text([prompt]) for prompt in dict.fromkeys(prompts)}
+            states = {
+                prompt: self.text([prompt], reading, chunks=chunks)
+                for prompt in dict.fromkeys(prompts)
+            }
         self.workplace.rest(self.text)
         return torch.cat([states[prompt] for prompt in prompts])
 

@@ -51,6 +51,7 @@ class Preset:
             posterior, which the generator draws first; else it is the posterior's mode.
         half_latents: whether latents and their noise have the model's dtype, half precision
             included, or are always float32.
+        skips_negative: whether `clip_skip` is of the negative prompt too.
         samplers: which of ours the code base has too, exactly.
         max_seed: the largest seed it takes.
         min_guidance_scale: below it, guidance means something else there.
@@ -62,6 +63,7 @@ class Preset:
     one_generator: bool
     samples_latents: bool = False
     half_latents: bool = False
+    skips_negative: bool = True
     samplers: tuple[str, ...] = tuple(SAMPLERS)
     max_seed: int = MAX_SEED
     min_guidance_scale: float = -math.inf
@@ -258,6 +260,7 @@ DIFFUSERS = Preset(
     one_generator=True,
     samples_latents=True,
     half_latents=True,
+    skips_negative=False,
     min_guidance_scale=1.0,
 )
 

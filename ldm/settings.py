@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 from ldm.config import ModelConfig
 from ldm.errors import did_you_mean
 from ldm.presets import MAX_SEED, PRESETS, Walk, check_preset
+from ldm.prompts import Reading, parts_of
 from ldm.samplers import SAMPLERS, SPACINGS
 from ldm.samplers.grids import Levels
 from ldm.schedule import NoiseSchedule
@@ -64,6 +65,7 @@ class Settings:
             prompt's own have (`ldm.samplers.guide`).
         guidance_interval: the timesteps, low and high, from and to which there is guidance; None is
             everywhere.
+        weighting, clip_skip, long_prompts: how prompts are read (`ldm.prompts.Reading`).
     """
 
     prompts: tuple[str, ...]
@@ -84,6 +86,9 @@ class Settings:
     variation_strength: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    weighting: bool = False
+    clip_skip: int = 0
+    long_prompts: bool = False
 
     @classmethod
     def of(
@@ -109,6 +114,9 @@ class Settings:
         variation_strength: float = 0.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        weighting: bool = False,
+        clip_skip: int = 0,
+        long_prompts: bool = False,
     ) -> Self:
         """The settings of `num_images` pictures of each prompt, by a model of this config; None is
         the model's own default, or that of a sampler which was made for another (lcm: 4 steps,
@@ -144,6 +152,9 @@ class Settings:
             variation_strength=number("variation_strength", variation_strength),
             guidance_rescale=number("guidance_rescale", guidance_rescale),
             guidance_interval=None if guidance_interval is None else two(guidance_interval),
+            weighting=weighting,
+            clip_skip=whole("clip_skip", clip_skip),
+            long_prompts=long_prompts,
         )
         settings.check(config)
         return settings
@@ -161,6 +172,10 @@ class Settings:
             len(self.negative_prompt) == self.num_images
         ):
             raise ValueError(f"negative_prompt must be one, or {self.num_images}, one for each")
+        self.reading.check(config.text)
+        if self.weighting:
+            for prompt in dict.fromkeys((*self.prompts, *self.negative_prompts)):
+                parts_of(prompt)
         total = config.schedule.num_train_timesteps
         if not 1 <= self.steps <= total:
             raise ValueError(f"steps must be between 1 and {total}, not {self.steps}")
@@ -229,6 +244,18 @@ class Settings:
         """What each picture moves away from."""
         negative = self.negative_prompt
         return (negative,) * self.num_images if isinstance(negative, str) else negative
+
+    @property
+    def reading(self) -> Reading:
+        """How the prompts are read."""
+        return Reading(self.weighting, self.clip_skip, self.long_prompts)
+
+    @property
+    def negative_reading(self) -> Reading:
+        """How the negative prompts are."""
+        if PRESETS[self.like].skips_negative:
+            return self.reading
+        return dataclasses.replace(self.reading, clip_skip=0)
 
     @property
     def adds_noise(self) -> bool:
@@ -362,12 +389,16 @@ def latent_shape(config: ModelConfig, height: int, width: int) -> tuple[int, int
     return config.vae.latent_channels, height // factor, width // factor
 
 
-def bytes_held(config: ModelConfig, num_images: int, height: int, width: int) -> int:
+def bytes_held(
+    config: ModelConfig, num_images: int, height: int, width: int, chunks: int = 1
+) -> int:
     """What a run needs at once, in bytes, at least and in float32: of each picture its latents in
-    a step's six tensors, two contexts and the pixels; and, of the one that is being decoded, what
-    goes into the decoder's widest layer and what comes out. The UNet's needs come on top of it."""
+    a step's six tensors, two contexts (each of so many chunks of tokens) and the pixels; and, of
+    the one that is being decoded, what goes into the decoder's widest layer and what comes out. The
+    UNet's needs come on top of it."""
     channels, h, w = latent_shape(config, height, width)
-    latents, context = channels * h * w, config.text.max_length * config.text.hidden_size
+    latents = channels * h * w
+    context = chunks * config.text.max_length * config.text.hidden_size
     widest = config.vae.model_channels * max(config.vae.channel_mult[:2])
     each = 4 * (6 * latents + 2 * context) + 3 * height * width
     return num_images * each + 4 * 2 * widest * height * width

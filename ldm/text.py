@@ -4,11 +4,13 @@ The transformer is `transformers`' own CLIP text model (Radford et al. 2021, arX
 section 2.4): Stable Diffusion v1 takes its states after the final layer norm, one per token, and so
 does Stable Diffusion 2 with OpenCLIP's, of whose blocks it leaves out the last.
 Prompts are cut and filled to a fixed number of tokens; the mask is causal, and padding is not
-masked, since these models were trained to see it.
+masked, since these models were trained to see it. `ldm.prompts.Reading` says what else may be done
+with a prompt: weights in brackets, chunks of one that is too long, last layers left out.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ldm.config import TextConfig
 from ldm.device import sent
 from ldm.errors import did_you_mean
+from ldm.prompts import Part, Reading, parts_of, weighed
 from ldm.tokenizer import Tokenizer
 
 
@@ -57,9 +60,29 @@ class CLIPTextEncoder(nn.Module):
         self.transformer = getattr(model, "text_model", model)
         self.rebuild_buffers()
 
-    def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> context (B, max_length, hidden_size)."""
-        return self.encode(self.tokenize(prompts))
+    def forward(
+        self, prompts: Sequence[str], reading: Reading = Reading(), *, chunks: int = 1
+    ) -> Tensor:
+        """Prompts -> context (B, max_length, hidden_size).
+
+        Args:
+            reading: how they are read. With `long_prompts` a prompt is as many rows of tokens as it
+                needs (`read`), each is encoded by itself, and their contexts are joined: (B, n *
+                max_length, hidden_size), n that of the longest prompt.
+            chunks: n at least, with `long_prompts`.
+
+        Raises:
+            ValueError: as `tokenize`, `encode` and `ldm.prompts.parts_of`.
+        """
+        check_prompts(prompts)
+        reading.check(self.config)
+        chunks = max(chunks, *(self.chunks(prompt, reading) for prompt in prompts))
+        read = [self.read(prompt, reading, chunks) for prompt in prompts]
+        ids, weights = (sent(torch.cat(rows), self.device) for rows in zip(*read, strict=True))
+        context = self.encode(ids, reading.clip_skip)  # (B n, L, D)
+        if reading.weighting:
+            context = weighed(context, weights)
+        return context.reshape(len(prompts), -1, context.shape[-1])  # (B, n L, D)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids, int64 (B, max_length), on the encoder's device.
@@ -71,44 +94,78 @@ class CLIPTextEncoder(nn.Module):
             ValueError: the encoder has no tokenizer, or was given something else than a list of
                 strings: one string, say, or the token ids that `encode` takes.
         """
-        if isinstance(prompts, str):
-            raise ValueError("pass a list of prompts, not one string")
-        if isinstance(prompts, Tensor):
-            raise ValueError("prompts must be a list of strings: token ids are for encode(ids)")
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts must be a list of strings, not {prompts!r:.80}")
-        tokenizer = self.require_tokenizer()
-        rows = []
-        for prompt in prompts:
-            ids = tokenizer.encode(prompt)
-            if lost := ids[self.config.max_length - 2 :]:
-                warnings.warn(
-                    f"the prompt is {len(lost)} tokens too long, this was left out: "
-                    f"{tokenizer.decode(lost)!r}",
-                    stacklevel=2,
-                )
-            if unseen := tokenizer.unseen(prompt):
-                known = sorted(tokenizer.words or ())
-                near = did_you_mean(unseen[0], known)
-                warnings.warn(
-                    f"this model has never seen {', '.join(map(repr, unseen[:5]))}{near}; "
-                    f"the {len(known)} words that it knows are listed by `ldm words`",
-                    stacklevel=2,
-                )
-            rows.append(tokenizer.pad(ids, self.config.max_length, self.config.pad_token_id))
-        return sent(torch.tensor(rows, dtype=torch.int64), self.device)  # (B, max_length)
+        check_prompts(prompts)
+        return sent(torch.cat([self.read(prompt)[0] for prompt in prompts]), self.device)
 
-    def encode(self, ids: Tensor) -> Tensor:
+    def tokens(self, prompt: str, reading: Reading = Reading()) -> list[tuple[int, float]]:
+        """The ids of a prompt's tokens, without start and end, and each one's weight: 1 but for
+        `weighting`."""
+        tokenizer = self.require_tokenizer()
+        parts = parts_of(prompt) if reading.weighting else (Part(prompt),)
+        return [(i, part.weight) for part in parts for i in tokenizer.encode(part.text)]
+
+    def chunks(self, prompt: str, reading: Reading) -> int:
+        """How many rows of tokens `read` makes of a prompt: 1 but for `long_prompts`."""
+        if not reading.long_prompts:
+            return 1
+        return max(1, math.ceil(len(self.tokens(prompt, reading)) / (self.config.max_length - 2)))
+
+    def read(
+        self, prompt: str, reading: Reading = Reading(), chunks: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """A prompt as rows of tokens, each with its start and its end token: one row, into which
+        `max_length - 2` tokens fit; with `long_prompts` as many rows as are needed, cut after every
+        so many tokens, wherever that is, and at least `chunks`, the last of them as of an empty
+        prompt. Warns as `tokenize` does.
+
+        Returns:
+            The ids, int64 (n, max_length), and their weights, float32 alike; start, end and what
+            fills a row have 1.
+        """
+        tokenizer, length = self.require_tokenizer(), self.config.max_length
+        tokens, room = self.tokens(prompt, reading), length - 2
+        if not reading.long_prompts and (lost := tokens[room:]):
+            warnings.warn(
+                f"the prompt is {len(lost)} tokens too long, this was left out: "
+                f"{tokenizer.decode(i for i, _ in lost)!r}",
+                stacklevel=3,
+            )
+        if unseen := tokenizer.unseen(prompt):
+            known = sorted(tokenizer.words or ())
+            near = did_you_mean(unseen[0], known)
+            warnings.warn(
+                f"this model has never seen {', '.join(map(repr, unseen[:5]))}{near}; "
+                f"the {len(known)} words that it knows are listed by `ldm words`",
+                stacklevel=3,
+            )
+        count = max(chunks, self.chunks(prompt, reading)) if reading.long_prompts else 1
+        rows = [tokens[n * room : (n + 1) * room] for n in range(count)]
+        fill = self.config.pad_token_id
+        ids = [tokenizer.pad([i for i, _ in row], length, fill) for row in rows]
+        weights = [[1.0, *(w for _, w in row), *[1.0] * (length - 1 - len(row))] for row in rows]
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(weights)  # (n, max_length)
+
+    def encode(self, ids: Tensor, clip_skip: int = 0) -> Tensor:
         """Token ids, integers (B, max_length) or fewer places -> context (B, max_length,
         hidden_size).
 
+        Args:
+            clip_skip: how many of the last layers are left out: the final norm then takes the
+                states before them.
+
         Raises:
-            ValueError: these are no token ids. On a GPU, and in compiled code, only the shape and
-                the type are looked at.
+            ValueError: these are no token ids, or so many layers cannot be left out. On a GPU, and
+                in compiled code, only the shape and the type of ids are looked at.
         """
         check_ids(ids, self.config.vocab_size + self.added_tokens, self.config.max_length)
-        context: Tensor = self.transformer(input_ids=ids).last_hidden_state
-        return context
+        if clip_skip == 0:
+            context: Tensor = self.transformer(input_ids=ids).last_hidden_state
+            return context
+        Reading(clip_skip=clip_skip).check(self.config)
+        # The embeddings, and then what each layer made of them.
+        states = self.transformer(input_ids=ids, output_hidden_states=True).hidden_states
+        skipped: Tensor = self.transformer.final_layer_norm(states[-1 - clip_skip])
+        return skipped
 
     @torch.no_grad()
     def add_word(self, word: str, vectors: Tensor) -> None:
@@ -174,6 +231,17 @@ class EmbeddingWithWords(nn.Embedding):
         known = super().forward(ids.clamp(max=self.num_embeddings - 1))
         new = F.embedding((ids - self.num_embeddings).clamp(min=0), self.added)
         return torch.where(ids[..., None] < self.num_embeddings, known, new)
+
+
+def check_prompts(prompts: object) -> None:
+    """A ValueError unless it is a list of strings, of one at least."""
+    if isinstance(prompts, str):
+        raise ValueError("pass a list of prompts, not one string")
+    if isinstance(prompts, Tensor):
+        raise ValueError("prompts must be a list of strings: token ids are for encode(ids)")
+    is_list = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
+    if not is_list or not prompts:
+        raise ValueError(f"prompts must be a list of strings, not {prompts!r:.80}")
 
 
 def check_ids(ids: Tensor, vocab_size: int, length: int) -> None:

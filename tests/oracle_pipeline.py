@@ -47,6 +47,8 @@ def oracle_pipeline(folder: Path) -> Any:
     text = convert.create_diffusers_clip_model_from_ldm(
         CLIPTextModel, dict(weights), config=str(folder / "clip_config"), local_files_only=True
     )
+    if not hasattr(text, "text_model"):  # transformers 5; diffusers' clip_skip asks for it
+        object.__setattr__(text, "text_model", text)  # not as a module: it would hold itself
     theirs = diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,

@@ -17,6 +17,7 @@ import ldm
 from ldm.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from ldm.device import default_dtype
 from ldm.pipeline import TextToImage
+from ldm.prompts import Reading
 from ldm.samplers import SAMPLERS, Step
 from ldm.schedule import x0_from_v
 from ldm.tokenizer import Tokenizer
@@ -156,6 +157,65 @@ def test_rescaled_guidance_has_the_contrast_of_the_prompts_own_prediction(
     torch.testing.assert_close(step.eps.std(), step.eps_cond.std())
 
 
+def test_brackets_weigh_words_of_both_prompts_where_asked(pipe: TextToImage) -> None:
+    run = {"steps": 2, "guidance_scale": 3.0, "weighting": True}
+    step = next(pipe.denoise("a (red:1.5) house", negative_prompt="[night]", **run))
+    weighing = Reading(weighting=True)
+    contexts = {
+        "context": pipe.context(["a (red:1.5) house"], weighing),
+        "uncond_context": pipe.context(["[night]"], weighing),
+    }
+    given = next(pipe.denoise("words", **contexts, steps=2, guidance_scale=3.0))
+    assert torch.equal(step.eps, given.eps)
+    plain = next(pipe.denoise("a red house", negative_prompt="night", **run))
+    text = next(pipe.denoise("(red:1.5)", **(run | {"weighting": False})))
+    for other in (plain, text):
+        assert relative_error(step.eps, other.eps) > 1e-4
+
+
+LONG = "a red house" + " by the lake" * 9  # more than 12 tokens
+
+
+def test_long_prompts_make_contexts_of_one_length(pipe: TextToImage) -> None:
+    run = {"steps": 2, "guidance_scale": 3.0, "num_images": 2}
+    step = next(pipe.denoise(LONG, long_prompts=True, **run))
+    reading = Reading(long_prompts=True)
+    chunks = pipe.text.chunks(LONG, reading)
+    assert chunks > 2
+    context, nothing = pipe.context([LONG], reading), pipe.context([""], reading, chunks)
+    assert context.shape == nothing.shape == (1, chunks * 12, 24)
+    assert torch.equal(nothing, pipe.context([""]).repeat(1, chunks, 1))
+    given = next(pipe.denoise("words", context=context, uncond_context=nothing, **run))
+    assert torch.equal(step.eps, given.eps)
+    (picture,) = pipe("red", negative_prompt=LONG, long_prompts=True, steps=1)
+    assert np.asarray(picture).std() > 0
+
+
+def test_long_prompts_change_no_prompt_that_fits(pipe: TextToImage) -> None:
+    run = {"steps": 2, "seed": 3, "negative_prompt": "night"}
+    long, plain = (pipe.denoise("red", long_prompts=asked, **run) for asked in (True, False))
+    assert torch.equal(final_latents(long), final_latents(plain))
+
+
+def test_pictures_of_prompts_of_other_lengths_are_drawn_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch the short one would be given chunks that it has not alone."""
+    pipe = ldm.load(folder, device="cpu")
+    monkeypatch.setattr(pipe, "context", lambda *_: pytest.fail("work started"))
+    context = torch.zeros(1, 12, 24)
+    refused = {
+        r"must need as many chunks, and these need 1, \d+: draw them apart$": {
+            "prompt": ["red", LONG]
+        },
+        r"^long_prompts: a prompt takes 300 chunks, more than 32$": {"prompt": "1 " * 3000},
+        r"pass both context and uncond_context, or none$": {"prompt": "red", "context": context},
+    }
+    for match, run in refused.items():
+        with pytest.raises(ValueError, match=match):
+            pipe.denoise(**run, long_prompts=True)
+
+
 def test_nothing_that_was_yielded_changes_later_and_decoding_changes_no_latent(
     pipe: TextToImage,
 ) -> None:
@@ -193,6 +253,9 @@ BAD = {
     "guidance_scale": [float("nan"), float("inf"), "7", [7.5], 10**400],
     "guidance_rescale": [-0.1, 1.5, float("nan"), "0.7"],
     "guidance_interval": [5, (5,), (9, 5), (-1, 5), (0, 1000), ("0", "5"), (0, float("nan"))],
+    "weighting": [1, None, "yes"],
+    "clip_skip": [-1, 2, 1.5, None],
+    "long_prompts": [1, None],
     "seed": [-1, 2**63, None, 1.5],
     "num_images": [0, 1.5],
     "prompt": ["", "   ", [], ["a", ""], None, [1]],

@@ -114,6 +114,19 @@ def test_diffusers_noise_timesteps_and_latents(
     assert max(errors) <= SAME_LATENTS
 
 
+def test_diffusers_leaves_layers_out_for_the_prompt_alone(pipe: TextToImage, theirs: Any) -> None:
+    """Ours and A1111's for the negative prompt as well."""
+    size, words = {"height": 16, "width": 16}, {"negative_prompt": "the sky"}
+    run = {"steps": 3, "seed": 5, "clip_skip": 1, **size, **words}
+    steps = list(pipe.denoise(PROMPT, **run, like="diffusers"))
+    asked = {"num_inference_steps": 3, "clip_skip": 1, **size, **words}
+    _, latents = diffusers_run(theirs, PROMPT, seed=5, **asked)
+    errors = [relative_error(step.x_prev, x) for step, x in zip(steps, latents[1:], strict=True)]
+    assert max(errors) <= SAME_LATENTS
+    ours = list(pipe.denoise(PROMPT, **run))
+    assert relative_error(ours[-1].x_prev, latents[-1]) > 1e-2
+
+
 def test_diffusers_picture_to_one_grey_level(pipe: TextToImage, theirs: Any) -> None:
     theirs.scheduler = diffusers_schedulers()["ddim"]
     generator = torch.Generator("cpu").manual_seed(8)

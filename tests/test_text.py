@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import HORIZON, SD_V1, TextConfig
+from ldm.prompts import Reading
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from tests.helpers import (
@@ -133,6 +134,87 @@ def test_prompts_to_context_is_tokenize_then_encode(tokenizer: Tokenizer, device
     context = text(prompts)
     assert context.shape == (2, TINY.max_length, TINY.hidden_size)
     assert torch.equal(context, text.encode(text.tokenize(prompts)))
+
+
+# --- Other ways to read a prompt -------------------------------------------------------------
+
+LONG = Reading(long_prompts=True)
+WEIGHING = Reading(weighting=True)
+
+
+@torch.no_grad()
+def test_left_out_layers_are_those_of_a_shorter_encoder() -> None:
+    """Its final norm takes the states before the layers that are left out."""
+    text = tiny()
+    shorter = CLIPTextEncoder(dataclasses.replace(TINY, num_layers=1)).eval()
+    shorter.load_state_dict({k: v for k, v in text.state_dict().items() if ".layers.1." not in k})
+    assert torch.equal(text.encode(some_ids(), clip_skip=1), shorter.encode(some_ids()))
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match=f"^clip_skip must be between 0 and 1, not {wrong}$"):
+            text.encode(some_ids(), clip_skip=wrong)
+
+
+@torch.no_grad()
+def test_brackets_weigh_the_states_of_the_words_within(tokenizer: Tokenizer, device: str) -> None:
+    text = tiny(tokenizer, device)
+    plain = text(["the red house at night"])
+    assert torch.equal(text(["the red house at night"], WEIGHING), plain)
+    before, red = tokenizer.encode("the"), tokenizer.encode("red")
+    start = 1 + len(before)
+    expected = plain.clone()
+    expected[:, start : start + len(red)] *= 1.5
+    expected *= plain.mean() / expected.mean()
+    torch.testing.assert_close(text(["the (red:1.5) house at night"], WEIGHING), expected)
+
+
+def test_brackets_are_text_unless_asked(tokenizer: Tokenizer) -> None:
+    text, red = tiny(tokenizer), tokenizer.encode("red")
+    ids, weights = text.read("(red:1.5)")
+    brackets = tokenizer.encode("(red:1.5)")
+    assert ids[0, 1 : 1 + len(brackets)].tolist() == brackets
+    assert weights.unique().tolist() == [1.0]
+    ids, weights = text.read("(red:1.5)", WEIGHING)
+    assert torch.equal(ids, text.tokenize(["red"]))
+    rest = TINY.max_length - 1 - len(red)
+    assert weights.tolist() == [[1.0, *[1.5] * len(red), *[1.0] * rest]]
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_chunks_and_nothing_is_left_out(tokenizer: Tokenizer) -> None:
+    text, room = tiny(tokenizer), TINY.max_length - 2
+    first, second = "1 " * room, "the red house"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids, weights = text.read(first + second, LONG)
+        context = text([first + second], LONG)
+    assert torch.equal(ids, text.tokenize([first, second]))
+    assert torch.equal(weights, torch.ones(2, TINY.max_length))
+    apart = text([first, second])  # (2, L, D)
+    assert torch.equal(context, apart.reshape(1, 2 * TINY.max_length, TINY.hidden_size))
+    with pytest.warns(UserWarning, match="'the red house'"):
+        assert torch.equal(text([first + second]), text([first]))
+
+
+@torch.no_grad()
+def test_a_short_prompt_is_filled_with_chunks_of_no_words(tokenizer: Tokenizer) -> None:
+    text, room = tiny(tokenizer), TINY.max_length - 2
+    long = "1 " * (room + 1)
+    context = text(["the house", long], LONG)
+    assert context.shape == (2, 2 * TINY.max_length, TINY.hidden_size)
+    assert torch.equal(text.read("the house", LONG, 2)[0], text.tokenize(["the house", ""]))
+    assert torch.equal(text(["the house"], LONG, chunks=2), text(["the house", long], LONG)[:1])
+    assert text(["the house"], LONG).shape[1] == TINY.max_length
+    counts = {0: 1, 1: 1, room: 1, room + 1: 2, 3 * room: 3}
+    assert {n: text.chunks("1 " * n, LONG) for n in counts} == counts
+
+
+@torch.no_grad()
+def test_each_chunk_keeps_its_own_mean(tokenizer: Tokenizer) -> None:
+    text, room = tiny(tokenizer), TINY.max_length - 2
+    long = "(" + "1 " * room + ":1.2) the (house:2)"
+    both = Reading(weighting=True, long_prompts=True)
+    apart = text(["(" + "1 " * room + ":1.2)", "the (house:2)"], WEIGHING)
+    assert torch.equal(text([long], both), apart.reshape(1, -1, TINY.hidden_size))
 
 
 # --- Ids to context --------------------------------------------------------------------------

@@ -46,6 +46,7 @@ RUN = (
     *("steps", "sampler", "spacing", "guidance_scale", "negative_prompt"),
     *("eta", "height", "width", "strength", "fit", "paste_back"),
     *("variation_seed", "variation_strength", "guidance_rescale", "guidance_interval"),
+    *("weighting", "clip_skip", "long_prompts"),
 )
 """The settings of a run that options ask for by their own names, but for the seed."""
 PICTURES = ("image", "mask")
@@ -122,6 +123,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, seed_help: str) -> None:
         help="how far to undo guidance's contrast, 0 to 1 (%(default)s)",
     )
     p.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
+    add_reading_options(p)
     p.add_argument(
         "--eta", type=float, default=0.0, metavar="E", help="ddim's noise, 0 to 1 (%(default)s)"
     )
@@ -139,6 +141,27 @@ def add_run_options(parser: argparse.ArgumentParser, *, seed_help: str) -> None:
         help="how far, 0 to 1 (%(default)s)",
     )
     add_picture_options(parser)
+
+
+def add_reading_options(p: argparse._ActionsContainer) -> None:
+    """How the prompts are read."""
+    p.add_argument(
+        "--weighting",
+        action="store_true",
+        help="let brackets weigh words: (red:1.3), (red), [red]",
+    )
+    p.add_argument(
+        "--clip-skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out the text encoder's last N layers (%(default)s)",
+    )
+    p.add_argument(
+        "--long-prompts",
+        action="store_true",
+        help="read on, in chunks, where a prompt is too long",
+    )
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:

@@ -356,12 +356,15 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
 
     Raises:
         ValueError: at the call, before any work, for settings that the model cannot follow, or of
-            several pictures; or for a context, of which nobody knows the words.
+            several pictures; or for a context, of which nobody knows the words, or a prompt of more
+            than one chunk (`long_prompts`).
     """
     if settings.num_images != 1:
         raise ValueError("a trace is of one picture: for several, trace each on its own")
     if inputs.context is not None:
         raise ValueError("a trace tells where words look: pass the prompt, and no context")
+    if (chunks := pipe.chunks(settings, inputs)) > 1:
+        raise ValueError(f"a trace is of prompts of one chunk of tokens, and these need {chunks}")
     run = pipe.run(settings, inputs)
     times: list[tuple[float, float, float]] = []
     tensors: dict[str, list[Tensor]] = {name: [] for name in STEPWISE}
@@ -384,7 +387,8 @@ def trace_run(pipe: TextToImage, settings: Settings, inputs: Inputs = Inputs()) 
     latent_size = (latents.shape[2], latents.shape[3])
     tokenizer = pipe.text.require_tokenizer()
     text = pipe.config.text
-    ids = tokenizer.pad(tokenizer.encode(settings.prompt), text.max_length, text.pad_token_id)
+    tokens = [i for i, _ in pipe.text.tokens(settings.prompt, settings.reading)]
+    ids = tokenizer.pad(tokens, text.max_length, text.pad_token_id)
     return Trace(
         model=pipe.config.name,
         settings=settings,

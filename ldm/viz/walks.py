@@ -99,10 +99,13 @@ def run_at(
         raise ValueError(f"a walk is of samplers that add no noise at their steps: {first.sampler}")
     if first.num_images != 1 or first.variation_seed is not None or inputs.context is not None:
         raise ValueError("a walk makes seeds and contexts of its own, and one picture of each")
+    if first.long_prompts:
+        raise ValueError("a walk is between contexts of one length: leave out long_prompts")
     if other_seed != seed and share > 0.0:
         first = dataclasses.replace(first, variation_seed=other_seed, variation_strength=share)
     if other != prompt:
-        context = torch.lerp(pipe.context([prompt]), pipe.context([other]), share)
+        here, there = (pipe.context([words], first.reading) for words in (prompt, other))
+        context = torch.lerp(here, there, share)
         inputs = dataclasses.replace(inputs, context=context)
     inputs.check(first, pipe.config)
     return first, inputs

@@ -14,6 +14,7 @@ from PIL import Image
 from ldm.cli import main as cli
 from ldm.inputs import Held
 from ldm.pipeline import load
+from ldm.prompts import Reading
 from ldm.recipe import read_recipes, save_png
 
 
@@ -192,5 +193,14 @@ def test_like_repeats_guidance_on_an_interval_and_rescaled(generate) -> None:
     (recipe,) = read_recipes(Path("a.png"))
     assert recipe.settings.guidance_interval == (200.0, 800.0)
     assert recipe.settings.guidance_rescale == 0.7
+    assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_like_repeats_how_the_prompts_were_read(generate) -> None:
+    words = ("a (red:1.4) house" + " by the lake" * 9, "--negative-prompt", "[night]", *RUN[1:])
+    assert generate(*words, "--weighting", "--clip-skip", "1", "--long-prompts") == 0
+    (recipe,) = read_recipes(Path("a.png"))
+    assert recipe.settings.reading == Reading(weighting=True, clip_skip=1, long_prompts=True)
     assert generate("--like", "a.png", "-o", "b.png", device=()) == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()

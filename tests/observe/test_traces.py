@@ -146,6 +146,24 @@ def test_settings_are_all_that_made_the_run(pipe: TextToImage, run: Trace) -> No
     assert (trained.settings.height, trained.settings.width) == (16, 16)
 
 
+def test_a_trace_knows_the_words_without_their_brackets(pipe: TextToImage) -> None:
+    run = trace(pipe, "a (red:1.5) house", weighting=True, clip_skip=1, steps=1)
+    assert [word.text for word in run.words[1:-1]] == ["a", "red", "house"]
+    plain = trace(pipe, "a red house", steps=1)
+    assert run.tokens == plain.tokens
+    assert not torch.equal(run.attention("red"), plain.attention("red"))
+
+
+def test_a_trace_of_more_than_one_chunk_is_refused(
+    pipe: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = trace(pipe, "red house", long_prompts=True, steps=1).words
+    assert [word.text for word in words[1:-1]] == ["red", "house"]
+    monkeypatch.setattr(pipe, "context", lambda *_: pytest.fail("work started"))
+    with pytest.raises(ValueError, match=r"of one chunk of tokens, and these need 2$"):
+        trace(pipe, "1 " * 15, long_prompts=True)
+
+
 def test_a_trace_is_of_one_picture(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "context", lambda _: pytest.fail("work started"))
     with pytest.raises(ValueError, match="a trace is of one picture"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,36 @@ def test_context_agrees_with_transformers(
     mine = context_of(ours, device, torch.float32)
     assert mine.shape == (2, 77, small_config().text.hidden_size)
     assert_parity(mine, theirs, reference, "context")
+
+
+@only_small
+def test_left_out_layers_agree_with_diffusers_clip_skip(
+    ours: CLIPTextEncoder, oracle: nn.Module
+) -> None:
+    """`StableDiffusionPipeline.encode_prompt` of these ids, with clip_skip=1."""
+    from diffusers import StableDiffusionPipeline
+
+    class Ids:
+        """A tokenizer that has these ids for any prompt."""
+
+        model_max_length = small_config().text.max_length
+
+        def __call__(self, *_: object, **__: object) -> Any:
+            return SimpleNamespace(input_ids=prompts(), attention_mask=None)
+
+        def batch_decode(self, ids: Tensor) -> list[str]:
+            return [""] * len(ids)
+
+    if not hasattr(oracle, "text_model"):  # transformers 5; diffusers' clip_skip asks for it
+        object.__setattr__(oracle, "text_model", oracle)  # not as a module: it would hold itself
+    pipe = SimpleNamespace(tokenizer=Ids(), text_encoder=oracle, unet=None)
+    theirs, _ = StableDiffusionPipeline.encode_prompt(
+        pipe, ["a", "b"], "cpu", 1, False, clip_skip=1
+    )
+    with torch.no_grad():
+        mine = ours.encode(prompts(), clip_skip=1)
+        assert relative_error(mine, theirs) <= 1e-5
+        assert relative_error(ours.encode(prompts()), theirs) > 1e-2
 
 
 @only_small

@@ -51,6 +51,7 @@ def test_a_walk_is_a_gif(pipe: TextToImage, tmp_path: Path) -> None:
         ({"prompts": "red", "seeds": [1, 2], "sampler": "ddpm"}, "add no noise at their steps"),
         ({"prompts": "red", "seeds": [1, 2], "num_images": 2}, "one picture of each"),
         ({"prompts": ["red", ""], "seeds": 1}, "the prompt is empty"),
+        ({"prompts": "red", "seeds": [1, 2], "long_prompts": True}, "leave out long_prompts"),
         ({"prompts": "red", "seeds": [1, -2]}, "seed must be between 0"),
     ],
 )

@@ -12,7 +12,7 @@ from ldm.viz.player.film import Film
 
 COMPARABLE = (
     *("prompt", "steps", "guidance_scale", "negative_prompt"),
-    *("guidance_rescale", "guidance_interval"),
+    *("guidance_rescale", "guidance_interval", "weighting", "clip_skip"),
     *("sampler", "spacing", "eta", "seed", "like", "strength"),
 )
 """What a second run may have different from the first: sizes must be the same."""
@@ -34,7 +34,7 @@ def facts(films: Sequence[Film]) -> list[str]:
     names = ["steps", "sampler", "guidance_scale", "seed"]
     others = (
         *("spacing", "eta", "negative_prompt", "like", "strength", "variation_strength"),
-        *("guidance_rescale", "guidance_interval"),
+        *("guidance_rescale", "guidance_interval", "weighting", "clip_skip"),
     )
     names += [name for name in others if getattr(s, name)]
     shared = [name for name in names if len({getattr(o.run.settings, name) for o in films}) == 1]
@@ -82,6 +82,8 @@ def setting_words(name: str, value: Any) -> str:
         return f"as {value} draws" if value else "as ldm draws"
     if name == "guidance_interval":
         return f"guidance from t = {value[0]:g} to {value[1]:g}" if value else "guidance everywhere"
+    if name == "weighting":
+        return "words weighed by brackets" if value else "brackets as text"
     if name == "strength":
         return f"from a picture at strength {value:g}"
     return f"{name.replace('_', ' ')} {value:g}" if name != "seed" else f"seed {value}"
