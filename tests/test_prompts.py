@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
 import time
 
 import pytest
 import torch
 
-from ldm.prompts import HEAVIEST, Reading, parts_of, weighed
+from ldm.prompts import HEAVIEST, Part, Reading, parts_of, weighed
 from tests.helpers import rng, tiny_config
 
 # What is written, and by the rule each part and its weight.
@@ -51,6 +53,21 @@ def test_brackets_weigh_what_is_in_them(case: str) -> None:
     parts = parts_of(written)
     assert [part.text for part in parts] == [text for text, _ in expected]
     assert [part.weight for part in parts] == pytest.approx([weight for _, weight in expected])
+
+
+def test_any_text_with_its_brackets_escaped_is_itself() -> None:
+    letters = random.Random(0)
+    for _ in range(500):
+        text = "".join(letters.choices("ab ()[]:.1\\\n", k=letters.randrange(30)))
+        assert parts_of(re.sub(r"([()\[\]\\])", r"\\\1", text)) == (Part(text),), text
+
+
+def test_any_text_is_read_and_only_brackets_numbers_and_backslashes_go() -> None:
+    letters = random.Random(1)
+    for _ in range(500):
+        text = "".join(letters.choices("ab ()[]:.1\\\n", k=letters.randrange(30)))
+        read = "".join(part.text for part in parts_of(text))
+        assert [c for c in read if c in "ab"] == [c for c in text if c in "ab"], text
 
 
 TOO_HEAVY = {

@@ -29,12 +29,19 @@ def test_two_runs_are_called_by_what_they_have_different(one: Film, alone: Film)
     assert captions.facts([one])[1:4] == ["6 steps", "DDIM", "guidance scale 3"]
 
 
+def test_how_prompts_were_read_is_said_where_it_is_not_the_plain_way() -> None:
+    assert captions.setting_words("weighting", True) == "words weighed by brackets"
+    assert captions.setting_words("weighting", False) == "brackets as text"
+    assert captions.setting_words("clip_skip", 1) == "clip skip 1"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         SETTINGS,
         SETTINGS | {"steps": 2, "negative_prompt": "a 'blue' \n house", "eta": 0.5},
         {"steps": 1, "sampler": "ddpm", "like": "diffusers"},
+        {"steps": 1, "weighting": True, "clip_skip": 1, "long_prompts": True},
     ],
 )
 def test_the_call_in_python_draws_the_same_run_again(
