@@ -1,5 +1,5 @@
 """`ldm evaluate`: how well a model's pictures follow their prompts, how near they are to the law of
-their world, or where its words look."""
+their world, where its words look, or how well it edits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Any, Protocol
 
 from ldm.cli import options
 
-MEASURES = ("attention", "distribution", "budget", "samplers")  # without one of these: prompts
+MEASURES = (
+    "attention",
+    "distribution",
+    "budget",
+    "samplers",
+    "edits",
+)  # without one of these: prompts
 DRAWING = ("steps", "sampler", "guidance_scale")
 EXAMPLES = """examples:
   ldm evaluate --per-value 20
   ldm evaluate --attention --json
   ldm evaluate --distribution --per-kind 50 --out drawn.jsonl
   ldm evaluate --budget --guidance-scale 3
+  ldm evaluate --edits --steps 20
 """
 
 
@@ -74,10 +81,16 @@ def add_parser(commands: options.Commands) -> None:
         help="how good every sampler's pictures are, by the number of calls of the UNet",
     )
     p.add_argument(
+        "--edits",
+        action="store_true",
+        help="how near every way to edit a picture comes to the right answer, which is known",
+    )
+    p.add_argument(
         "--per-kind",
         type=int,
         metavar="N",
-        help="pictures of each prompt, for --distribution (200) and --budget (96 at each link)",
+        help="pictures of each prompt, for --distribution (200) and --budget (96 at each link), or "
+        "of each attribute, for --edits (24)",
     )
     p.add_argument(
         "--out",
@@ -95,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} are two measurements: ask for one")
     for name, wanted in (
-        ("per_value", not (args.distribution or args.budget or args.samplers)),
-        ("per_kind", args.distribution or args.budget),
+        ("per_value", args.attention or not asked),
+        ("per_kind", args.distribution or args.budget or args.edits),
         ("out", args.distribution),
     ):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
@@ -124,6 +137,7 @@ def measure(args: argparse.Namespace) -> Measured:
     from ldm.evaluate.attention import evaluate_attention
     from ldm.evaluate.budget import evaluate_budget
     from ldm.evaluate.distribution import evaluate_distribution
+    from ldm.evaluate.edits import evaluate_edits
     from ldm.evaluate.prompts import evaluate
     from ldm.evaluate.samplers import evaluate_samplers
     from ldm.files import check_writable, file_sha256
@@ -152,6 +166,8 @@ def measure(args: argparse.Namespace) -> Measured:
     drawing = {name: getattr(settings, name) for name in DRAWING}
     if args.budget:
         return evaluate_budget(pipe, per_kind=args.per_kind or 96, seed=args.seed, **drawing)
+    if args.edits:
+        return evaluate_edits(pipe, per_kind=args.per_kind or 24, seed=args.seed, **drawing)
     if args.distribution:
         return evaluate_distribution(
             pipe,

@@ -8,6 +8,8 @@
 - `budget.py`: where does what is wrong come from? `evaluate_budget` goes from the world to the
   model, link by link.
 - `samplers.py`: how few calls of the UNet make a good picture? `evaluate_samplers` asks every one.
+- `edits.py`: does an edit change what it should, and nothing else? `evaluate_edits` holds every way
+  to edit a picture against the right answer.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
 - `verify.py`: are these the official weights, and does our code do with them what others' does?
@@ -16,5 +18,6 @@
   the inputs. `verify_file.py`: what only the file can tell. `verify_tables.py`: the results.
 
 Others take `evaluate`, `evaluate_distribution`, `evaluate_budget`, `evaluate_samplers`,
-`evaluate_attention` and `verify`; each returns results with `as_dict` and `as_markdown`.
+`evaluate_edits`, `evaluate_attention` and `verify`; each returns results with `as_dict` and
+`as_markdown`.
 """

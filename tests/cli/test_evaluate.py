@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.cli import main as cli
-from ldm.evaluate import distribution
+from ldm.evaluate import distribution, edits
 from ldm.evaluate import prompts as measure
 
 
@@ -21,6 +21,8 @@ from ldm.evaluate import prompts as measure
         (["--distribution", "--per-kind", "0"], "--per-kind must be 1 or more"),
         (["--distribution", "--per-value", "3"], "--per-value does not go with what is measured"),
         (["--per-kind", "3"], "--per-kind does not go with what is measured"),
+        (["--edits", "--per-value", "3"], "--per-value does not go with what is measured"),
+        (["--edits", "--budget"], "--budget and --edits are two measurements"),
         (["--attention", "--out", "x"], "--out does not go with what is measured"),
         (["--attention", "--distribution"], "ask for one"),
         (["--distribution", "--out", "no/folder/x"], "there is no folder"),
@@ -89,3 +91,18 @@ def test_pictures_are_held_against_the_law_and_kept(
     # Others' pictures are not taken for this model's.
     assert cli.main([*args, "--sampler", "ddpm"]) == 2
     assert "no pictures of this model and these settings" in capsys.readouterr().err
+
+
+def test_edits_are_measured_with_the_settings_that_are_asked_for(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = functools.partial(edits.evaluate_edits, names=("tree",))
+    monkeypatch.setattr(edits, "evaluate_edits", one)
+    args = ["evaluate", "--weights", str(model), "--edits", "--per-kind", "1", "--steps", "2"]
+    args += ["--seed", "4", "--device", "cpu"]
+    with pytest.warns(UserWarning, match="too long"):  # the tiny model reads a few tokens
+        assert cli.main([*args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = {"per_kind": 1, "steps": 2, "seed": 4}
+    assert found["settings"] | wanted == found["settings"]
+    assert {row["name"] for row in found["scores"]} == {"all", "tree"}
