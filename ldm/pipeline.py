@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor
 
-from ldm.adapters import Lora
 from ldm.checkpoints.download import chosen_tokenizer
-from ldm.checkpoints.embedding import read_embedding
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
 from ldm.checkpoints.saving import save_model
 from ldm.checkpoints.shipped import shipped_weights
-from ldm.checkpoints.tiny import check_tiny, is_tiny_decoder, load_tiny_decoder
 from ldm.config import ModelConfig
 from ldm.device import check_device, check_dtype, default_device, default_dtype
 from ldm.inputs import Inputs, Keywords, Pictures, asked, told
@@ -60,6 +57,8 @@ from ldm.vae import AutoencoderKL, Posterior, TinyDecoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ldm.adapters import Lora
 
 
 class TextToImage:
@@ -186,6 +185,8 @@ class TextToImage:
             CheckpointError: it cannot be read, or is no LoRA of this model; one line says why.
             ValueError: the scale is none.
         """
+        from ldm.adapters import Lora
+
         lora = Lora(path, {"unet": self.unet, "text": self.text}, scale)
         self.loras = (*(one for one in self.loras if one.is_on), lora)
         return lora
@@ -214,6 +215,8 @@ class TextToImage:
             CheckpointError: it cannot be read, or is no word of this model; one line says why.
             ValueError: the vocabulary has the word already, or no prompt can have it.
         """
+        from ldm.checkpoints.embedding import read_embedding
+
         found, vectors = read_embedding(path, self.text.config.hidden_size)
         self.text.add_word(word or found, vectors)
         return word or found
@@ -595,6 +598,8 @@ def load(
         CheckpointError: the file cannot be read, or does not fit; see `ldm.errors`.
         ValueError: an argument is out of its range, or the tokenizer found is another model's.
     """
+    from ldm.checkpoints.tiny import check_tiny, is_tiny_decoder, load_tiny_decoder
+
     device = default_device() if device is None else check_device(device)
     dtype = default_dtype(device) if dtype is None else check_dtype(dtype)
     path = shipped_weights() if path is None else path
