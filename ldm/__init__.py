@@ -81,13 +81,14 @@ SHELF = (
         "layers",
         "pipeline",
         "presets",
+        "prompts",
         "recipe",
         "samplers",
         "schedule",
     ),
     *("settings", "starting", "text", "tokenizer", "unet", "vae"),
     *("device", "errors", "files", "pictures", "version"),
-    *("checkpoints", "evaluate", "observe", "speed", "train", "viz", "worlds"),
+    *("checkpoints", "evaluate", "export", "observe", "speed", "train", "viz", "worlds"),
 )
 
 __all__ = [

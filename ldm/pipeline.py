@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.download import chosen_tokenizer
 from ldm.checkpoints.filling import fill
 from ldm.checkpoints.loading import Origin, joint_config, open_model, origin, plan_stages
 from ldm.checkpoints.planning import Ema, Plan
@@ -598,6 +597,7 @@ def load(
         CheckpointError: the file cannot be read, or does not fit; see `ldm.errors`.
         ValueError: an argument is out of its range, or the tokenizer found is another model's.
     """
+    from ldm.checkpoints.download import chosen_tokenizer
     from ldm.checkpoints.tiny import check_tiny, is_tiny_decoder, load_tiny_decoder
 
     device = default_device() if device is None else check_device(device)

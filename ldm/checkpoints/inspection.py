@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.diffusers.names import text_layers
-from ldm.checkpoints.download import identify
 from ldm.checkpoints.entries import Archive, Entry
 from ldm.checkpoints.families import known_config, other_family
 from ldm.checkpoints.keys import PREFIXES, unet_names, vae_names
@@ -284,4 +283,6 @@ def known_as(sizes: Mapping[Path, int], hashes: Mapping[Path, str]) -> tuple[str
     if len(sizes) != 1:
         return ()
     ((file, size),) = sizes.items()
+    from ldm.checkpoints.download import identify
+
     return tuple(known.model for known in identify(size, hashes.get(file)))

@@ -16,8 +16,6 @@ from ldm.checkpoints.folders import (
     is_diffusers_folder,
     read_weight_map,
 )
-from ldm.checkpoints.pickles.legacy import read_torch_legacy
-from ldm.checkpoints.pickles.zipped import read_torch_zip
 from ldm.checkpoints.safetensors_file import read_safetensors
 from ldm.errors import EmptyFileError, PointerError, UnreadableError, WebPageError
 
@@ -58,9 +56,13 @@ def open_file(path: Path) -> Archive:
     # A header shorter than a terabyte: its length ends in zeros, which no text does.
     if start[5:9] == b"\0\0\0{":
         return read_safetensors(file)
-    if start.startswith(ZIP):
+    if start.startswith(ZIP):  # the machine for pickles is imported where there is one
+        from ldm.checkpoints.pickles.zipped import read_torch_zip
+
         return read_torch_zip(file)
     if start.startswith(PICKLE):
+        from ldm.checkpoints.pickles.legacy import read_torch_legacy
+
         return read_torch_legacy(file)
     if start.startswith(b"version https://git-lfs"):
         raise PointerError(f"{path} is a git-lfs pointer: fetch the file with `git lfs pull`")

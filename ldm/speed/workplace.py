@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from ldm.speed import cpu
-from ldm.speed.gpu import FastUNet, can_compile, in_float32, optimize_decoder
 from ldm.text import CLIPTextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    from ldm.speed.gpu import FastUNet
 
 LARGE = 30_000_000
 """From how many parameters on a stage gains; smaller ones spend time on calls."""
@@ -61,6 +63,8 @@ class Workplace:
             for stage in large:
                 cpu.optimize(stage)
             return cls(optimized=True, low_memory=low_memory)
+        from ldm.speed.gpu import FastUNet, can_compile, optimize_decoder
+
         for stage in (unet, vae, text):
             stage.to("cpu" if low_memory else device)
         if low_memory:
@@ -74,9 +78,14 @@ class Workplace:
     @contextlib.contextmanager
     def at_work(self, stage: nn.Module) -> Iterator[None]:
         """A stage while it computes: where it is to, and in the precision that it is to."""
-        device = next(stage.parameters()).device
+        device = next((weight.device for weight in stage.parameters()), torch.device("cpu"))
         if self.visited is not None and device.type != self.visited.type:
             stage.to(self.visited)
+        if (self.visited or device).type != "cuda":
+            yield
+            return
+        from ldm.speed.gpu import in_float32
+
         with in_float32(self.visited or device, tf32=self.optimized):
             yield
 

@@ -29,8 +29,9 @@ def our_pipeline(setting: Setting, low_memory: bool) -> Any:
     where = dict(device=setting.device, dtype=setting.dtype, config=setting.config)
     stages = load_stages(setting.weights, check=False, **where)
     pipe = TextToImage(*stages, NoiseSchedule(setting.config.schedule), setting.config)
-    without, prompt = token_ids(setting.config).to(setting.device).split(1)
-    pipe.text.tokenize = lambda prompts: prompt if all(prompts) else without
+    without, prompt = token_ids(setting.config).split(1)
+    even = torch.ones(prompt.shape)  # no word weighs more than another
+    pipe.text.read = lambda text, *_: (prompt if text else without, even)
     return pipe.optimize(low_memory=low_memory)
 
 

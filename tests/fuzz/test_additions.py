@@ -116,4 +116,4 @@ def test_changed_tensors(additions: Additions, one: int, other: int, changes) ->
                 tensors |= list(pick(additions.tensors, other).items())[: 1 + place % 4]
             case "fill":
                 tensors[key] = torch.full(value.shape, pick([torch.nan, torch.inf, 1e38], place))
-    additions.read(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}))
+    additions.read(safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))

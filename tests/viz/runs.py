@@ -102,7 +102,7 @@ def steps_of(trace: Trace) -> list[Step]:
 class Lookup(nn.Module):
     """In the place of a text encoder: random states for each prompt, at once."""
 
-    def forward(self, prompts: list[str]) -> Tensor:
+    def forward(self, prompts: list[str], *_: object, **__: object) -> Tensor:
         config = tiny_config().text
         size = (config.max_length, config.hidden_size)
         return torch.stack([randn(*size, seed=sum(map(ord, prompt))) for prompt in prompts])
