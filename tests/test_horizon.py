@@ -139,7 +139,7 @@ def test_pictures_show_nearly_all_that_their_prompts_say(few: Scores) -> None:
 @pytest.fixture(scope="module")
 def many(horizon: TextToImage) -> Scores:
     """Captions as they come, until each value was asked for, drawn in 20 steps."""
-    prompts = [*fresh_prompts(5, seed=21), *held_out_prompts(5, seed=21)]
+    prompts = [*fresh_prompts(6, seed=21), *held_out_prompts(5, seed=21)]
     return drawn_and_judged(horizon, prompts, steps=20)
 
 
