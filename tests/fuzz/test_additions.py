@@ -106,7 +106,7 @@ def test_changed_tensors(additions: Additions, one: int, other: int, changes) ->
             case "shape":
                 tensors[key] = torch.ones(shape)
             case "dtype":
-                tensors[key] = value.to(dtype)
+                tensors[key] = (value.real if value.is_complex() else value).to(dtype)
             case "rename":
                 at = place % (len(key) + 1)
                 tensors[key[:at] + text + key[at + len(text) :]] = tensors.pop(key)

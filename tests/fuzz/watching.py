@@ -23,6 +23,11 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
+# Our own modules that are imported where they are needed: here, before anything is watched.
+import ldm.checkpoints.download
+import ldm.checkpoints.pickles.legacy
+import ldm.checkpoints.pickles.zipped
+import ldm.checkpoints.tiny  # noqa: F401
 from tests.helpers import a_million_dicts
 
 CASES = int(os.environ.get("LDM_FUZZ_CASES", "2000"))  # of all tests of the suites together
