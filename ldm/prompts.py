@@ -74,13 +74,14 @@ class Part:
 
 
 def parts_of(prompt: str) -> tuple[Part, ...]:
-    r"""A prompt cut where the weight changes, without its brackets; what weighs the same is joined.
+    """A prompt cut where the weight changes, without its brackets; what weighs the same is joined.
 
     - `(red)` weighs 1.1 times as much, `((red))` 1.1 * 1.1 times, `[red]` 1 / 1.1 times;
     - `(red:1.3)` weighs 1.3 times as much; square brackets take no number;
     - a bracket that nothing closes holds to the end; one that closes nothing is text, and so is a
       number without its round bracket;
-    - `\(`, `\)`, `\[`, `\]` and `\\` are the characters themselves; any other `\` is left out.
+    - a backslash before a bracket, or before another one, makes that a character; any other
+      backslash is left out.
 
     Round and square brackets are matched apart from each other, and weights multiply.
 
