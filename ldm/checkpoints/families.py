@@ -9,6 +9,8 @@ from ldm.checkpoints.keys import PREFIXES
 from ldm.checkpoints.spellings import stages_in
 from ldm.config import SD_V1, SD_V1_INPAINTING, SD_V1_PIX2PIX, SD_V2, ModelConfig
 
+LOADS = "ldm loads Stable Diffusion 1 and 2 models"
+
 UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 
 TAESD = "3.conv.0.weight"  # a key of TAESD's decoder, which are counted from its first layer

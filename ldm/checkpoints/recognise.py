@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.checkpoints.config_json import config_from_json, said_of
-from ldm.checkpoints.diffusers.configs import LOADS, folder_config, part_stages
 from ldm.checkpoints.diffusers.names import PART_OF, official_keys
 from ldm.checkpoints.entries import DIFFUSERS_FOLDER, Archive, Entry
-from ldm.checkpoints.families import known_config, other_family
+from ldm.checkpoints.families import LOADS, known_config, other_family
 from ldm.checkpoints.noise import (
     UNSAID,
     is_unsaid,
@@ -130,6 +129,8 @@ def understood(
 def own_config(archive: Archive) -> ModelConfig | None:
     """The config that a file or a folder brings, if any."""
     if archive.container == DIFFUSERS_FOLDER:
+        from ldm.checkpoints.diffusers.configs import folder_config
+
         return folder_config(archive)
     text = archive.metadata.get("ldm")
     return None if text is None else config_from_json(text, archive.path)
@@ -159,6 +160,8 @@ def folder_entries(archive: Archive, config: ModelConfig) -> dict[str, Entry]:
     """The tensors of a diffusers folder by official keys. A key that has none keeps its own, below
     its part's name: `unet/lora.weight`; and so does the second of two that mean one weight, the old
     and the new name of it, since one of them is too many."""
+    from ldm.checkpoints.diffusers.configs import part_stages
+
     entries: dict[str, Entry] = {}
     for part, stage in part_stages(archive).items():
         official = official_keys(stage, config)

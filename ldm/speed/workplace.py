@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from ldm.speed import cpu
 from ldm.text import CLIPTextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL
@@ -60,8 +59,10 @@ class Workplace:
             if sum(weight.numel() for weight in stage.parameters()) >= LARGE
         ]
         if device.type != "cuda":
+            from ldm.speed.cpu import optimize
+
             for stage in large:
-                cpu.optimize(stage)
+                optimize(stage)
             return cls(optimized=True, low_memory=low_memory)
         from ldm.speed.gpu import FastUNet, can_compile, optimize_decoder
 
@@ -94,7 +95,9 @@ class Workplace:
         if self.visited is not None:
             stage.to("cpu")
         elif self.low_memory:
-            cpu.rest(stage)
+            from ldm.speed.cpu import rest
+
+            rest(stage)
 
     def ask(self, unet: UNet, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """What the UNet says, in the fastest way that there is: see `UNet.forward`."""

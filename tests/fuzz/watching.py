@@ -24,6 +24,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 # Our own modules that are imported where they are needed: here, before anything is watched.
+import ldm.checkpoints.diffusers.configs
 import ldm.checkpoints.download
 import ldm.checkpoints.pickles.legacy
 import ldm.checkpoints.pickles.zipped

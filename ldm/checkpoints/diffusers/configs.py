@@ -15,7 +15,7 @@ from typing import Any
 from ldm.checkpoints.config_json import said_of
 from ldm.checkpoints.diffusers.names import PART_OF
 from ldm.checkpoints.entries import Archive
-from ldm.checkpoints.families import OTHER_INPUTS
+from ldm.checkpoints.families import LOADS, OTHER_INPUTS
 from ldm.checkpoints.folders import CONFIG, INDEX, PARTS, SCHEDULER, SCHEDULER_BESIDE
 from ldm.config import (
     OFFICIAL,
@@ -28,8 +28,6 @@ from ldm.config import (
 )
 from ldm.errors import NAME, FamilyError, MissingPartsError, UnreadableError, printable
 from ldm.schedule import ending_in_noise, exact_tables
-
-LOADS = "ldm loads Stable Diffusion 1 and 2 models"
 
 # What our classes have built in where diffusers' have a choice. An absent field is diffusers'
 # default, which is the same; of all other fields those that are null or false ask for nothing.
