@@ -42,8 +42,8 @@ def test_using_ldm_costs_at_most_a_tenth_of_importing_torch() -> None:
         "from time import perf_counter as now; a = now(); import torch; b = now(); "
         f"{USED}; print((now() - b) / (b - a))"
     )
-    # The best of some: another process on the machine can only make one slower.
-    assert any(float(python(program, ROOT)) <= 0.10 for _ in range(10))
+    # The best of a few: another process on the machine can only make one slower.
+    assert any(float(python(program, ROOT)) <= 0.10 for _ in range(4))
 
 
 def test_using_ldm_leaves_the_global_generator_and_grad_mode_alone() -> None:
