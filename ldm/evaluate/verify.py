@@ -134,7 +134,11 @@ def measure(
     """All numbers that are wanted, stage by stage; and for each stage whether its weights are
     finite, without which nothing is measured of it, nor of a picture."""
     found: dict[str, tuple[float, ...]] = {}
-    pictures = {number.name: number for number in wanted if number.stage == PICTURE}
+    # Numbers of two versions may be of one picture: it is drawn once.
+    pictures: dict[str, list[Published]] = {}
+    for number in wanted:
+        if number.stage == PICTURE:
+            pictures.setdefault(repr(sorted(number.inputs.items())), []).append(number)
     made: dict[str, Tensor] = {}  # of each picture, by the stages so far
     facts = []
     for stage, one in plans.items():
@@ -149,15 +153,17 @@ def measure(
             for number in wanted:
                 if number.stage == stage:
                     found[number.name] = listed(MEASURES[number.measure](model, **number.inputs))
-            for name, number in list(pictures.items()):
+            for inputs, numbers in list(pictures.items()):
                 try:
-                    before = made.get(name)
-                    made[name] = picture_part(stage, model, before, number, weights.config)
+                    before = made.get(inputs)
+                    made[inputs] = picture_part(stage, model, before, numbers[0], weights.config)
                 except DivergedError as error:
-                    facts.append(Fact(name, str(error), wrong=True))
-                    del pictures[name]
+                    facts += [Fact(number.name, str(error), wrong=True) for number in numbers]
+                    del pictures[inputs]
         del model  # before the next is read
-    return found | {name: listed(made[name]) for name in pictures}, tuple(facts)
+    for inputs, numbers in pictures.items():
+        found |= {number.name: listed(made[inputs]) for number in numbers}
+    return found, tuple(facts)
 
 
 def listed(numbers: Tensor) -> tuple[float, ...]:

@@ -191,6 +191,25 @@ def test_nan_is_told_and_nothing_is_measured_with_it(tmp_path: Path) -> None:
     assert fact.name == "numbers of unet" and f"{key} holds NaN" in fact.told
 
 
+def test_numbers_of_two_versions_of_one_picture_have_it_drawn_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Published(PICTURE, PICTURE, PICTURE, (OURS,), OURS, "", "", 1.0, (0.0,) * 9, RUN)
+    again = dataclasses.replace(drawn, name="again", inputs=dict(RUN))
+    other = dataclasses.replace(drawn, name="other", inputs=RUN | {"seed": 1})
+    parts: list[str] = []
+
+    def counted(stage: str, *arguments: Any) -> Tensor:
+        parts.append(stage)
+        return picture_part(stage, *arguments)
+
+    monkeypatch.setattr("ldm.evaluate.verify.picture_part", counted)
+    rows = rows_of(verify(path, picture=True, numbers=[drawn, other, again]), PICTURE)
+    assert parts == ["text", "text", "unet", "unet", "vae", "vae"]
+    measured = {row.name: row.measured for row in rows}
+    assert measured[PICTURE] and measured[PICTURE] == measured["again"] != measured["other"]
+
+
 def test_nan_and_a_missing_number_are_no_agreement() -> None:
     number = Published("x", "unet", "unet_row", (OURS,), OURS, "", "", 1e9, (0.0, 0.0))
     assert compared(number, (0.0, float("nan"))).verdict == "DIFFERS"

@@ -1,10 +1,11 @@
 """Every stage at its real size, and a whole picture, against diffusers and transformers.
 
 Small models add up short sums in few layers; these are the sums of the real thing. The weights go
-through one file, which diffusers reads by its own conversion. Models are loaded one at a time and
-dropped at once: only what they computed stays. The fast layers of `pipe.optimize()` are held to the
-same bounds. The autoencoder is held to fp64 on a quarter of a picture: at 512x512 the picture that
-is drawn says the same to one grey level.
+through one file, which diffusers reads by its own conversion. Each model is loaded once, computes
+all that is asked of it (ours plain, and then with the fast layers of `pipe.optimize()`, which are
+held to the same bounds; theirs in fp32, and then in fp64) and is dropped: only what it computed
+stays. The autoencoder is held to fp64 on a quarter of a picture: at 512x512 the picture that is
+drawn says the same to one grey level.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.loading import load_stages, load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.loading import load_stages
 from ldm.config import SD_V1
 from ldm.pipeline import TextToImage
 from ldm.samplers import ddim, guide
 from ldm.schedule import NoiseSchedule
 from ldm.speed.cpu import optimize
+from ldm.vae import AutoencoderKL
 from tests.helpers import randn, relative_error, rng, text_in_fp64
 from tests.parity import assert_parity
 
@@ -31,22 +33,32 @@ pytestmark = pytest.mark.full_size
 
 STEPS, GUIDANCE = 2, 7.5
 
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.benchmarks.diffusers_side import write_configs
-
-    return write_configs(tmp_path_factory.mktemp("configs"), SD_V1)
+Answers = dict[str, Tensor]
+"""What stages computed: context (2, 77, 768), without a prompt first; eps, both predictions
+(2, 4, 64, 64) of the first step; picture (1, 3, 256, 256), mean and logvar (1, 4, 32, 32)."""
 
 
-def oracle(
-    stage: str, checkpoint: Path, configs: Path, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """diffusers' (or transformers') own model, filled by diffusers' own conversion, which reads
-    it as the file has it: in fp64 the numbers are those of fp32."""
-    from tests.benchmarks import diffusers_side
+@dataclass(frozen=True)
+class Drawn:
+    """The latents after the last step, and the picture."""
 
-    return diffusers_side.load(stage, checkpoint, configs).to(dtype)
+    latents: Tensor
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Ours:
+    plain: Answers
+    fast: Answers
+    drawn: Drawn
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """`exact`, in fp64, has of the two predictions that of the prompt: the slowest of all."""
+
+    fp32: Answers
+    exact: Answers
 
 
 @pytest.fixture(scope="module")
@@ -66,37 +78,86 @@ def noise() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-@torch.no_grad()
-def context(checkpoint: Path, ids: Tensor) -> Tensor:
-    """The text states (2, 77, 768) that both sides draw from, without a prompt first."""
-    return load_text_encoder(checkpoint).encode(ids)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What drawing a picture gave: both predictions (2, 4, 64, 64) of the first step, the latents
-    after the last, and the picture."""
-
-    eps: Tensor
-    latents: Tensor
-    picture: Image.Image
+def latents() -> Tensor:
+    """For the decoder alone."""
+    return randn(1, 4, 32, 32, seed=8)
 
 
 @pytest.fixture(scope="module")
-def our_picture(checkpoint: Path, context: Tensor, noise: Tensor) -> Drawn:
+def pixels() -> Tensor:
+    """For the encoder."""
+    return randn(1, 3, 256, 256, seed=7).clamp(-1, 1)
+
+
+# --- Ours ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def ours(checkpoint: Path, ids: Tensor, noise: Tensor, latents: Tensor, pixels: Tensor) -> Ours:
+    def autoencoded(vae: AutoencoderKL) -> Answers:
+        posterior = vae.encode(pixels)
+        return {
+            "picture": vae.decode(latents),
+            "mean": posterior.mean,
+            "logvar": posterior.logvar,
+        }
+
     pipe = TextToImage(*load_stages(checkpoint), NoiseSchedule(), SD_V1)
+    context = pipe.text.encode(ids)
     eps_fn = guide(pipe.unet, context[1:], context[:1], GUIDANCE)
-    steps = list(ddim(eps_fn, noise, pipe.schedule.ddim_timesteps(STEPS), pipe.schedule))
-    first, last = steps[0], steps[-1]
-    eps = torch.cat([first.eps_uncond, first.eps_cond])
-    return Drawn(eps, last.x_prev, pipe.decode(last.x_prev)[0])
+    first, last = ddim(eps_fn, noise, pipe.schedule.ddim_timesteps(STEPS), pipe.schedule)
+    plain = {"context": context, "eps": torch.cat([first.eps_uncond, first.eps_cond])}
+    plain |= autoencoded(pipe.vae)
+    drawn = Drawn(last.x_prev, pipe.decode(last.x_prev)[0])
+
+    for stage in (pipe.text, pipe.unet, pipe.vae):
+        optimize(stage)
+    t = torch.full((2,), first_timestep())
+    fast = {
+        "context": pipe.text.encode(ids),
+        "eps": pipe.unet(noise.expand(2, -1, -1, -1), t, context),
+    }
+    return Ours(plain, fast | autoencoded(pipe.vae), drawn)
+
+
+def first_timestep() -> int:
+    (t, _), *_ = NoiseSchedule().ddim_timesteps(STEPS)
+    return t
+
+
+# --- Theirs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.benchmarks.diffusers_side import write_configs
+
+    return write_configs(tmp_path_factory.mktemp("configs"), SD_V1)
+
+
+def oracle(stage: str, checkpoint: Path, configs: Path) -> nn.Module:
+    """diffusers' (or transformers') own model, filled by diffusers' own conversion, which reads
+    the file as it is: made fp64 afterwards, its numbers are those of fp32."""
+    from tests.benchmarks import diffusers_side
+
+    return diffusers_side.load(stage, checkpoint, configs)
 
 
 @pytest.fixture(scope="module")
 @torch.no_grad()
-def their_picture(checkpoint: Path, configs: Path, context: Tensor, noise: Tensor) -> Drawn:
-    from diffusers.image_processor import VaeImageProcessor
+def their_text(checkpoint: Path, configs: Path, ids: Tensor) -> Theirs:
+    text = oracle("text", checkpoint, configs)
+    states = {"context": text(input_ids=ids).last_hidden_state}
+    return Theirs(states, {"context": text.double()(input_ids=ids).last_hidden_state})
 
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def their_steps(
+    checkpoint: Path, configs: Path, ours: Ours, noise: Tensor
+) -> tuple[Theirs, Tensor]:
+    """The UNet's answers, given our context, and the latents after the last step."""
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -106,98 +167,95 @@ def their_picture(checkpoint: Path, configs: Path, context: Tensor, noise: Tenso
         steps_offset=1,
     )
     scheduler.set_timesteps(STEPS)
+    context = ours.plain["context"]
     unet, x, predictions = oracle("unet", checkpoint, configs), noise, []
     for t in scheduler.timesteps:
         predictions.append(unet(torch.cat([x, x]), t, context).sample)
         uncond, cond = predictions[-1].chunk(2)
         x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
-    del unet
+    exact = unet.double()(noise.double(), first_timestep(), context[1:].double()).sample
+    return Theirs({"eps": predictions[0]}, {"eps": exact}), x
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def their_vae(
+    checkpoint: Path,
+    configs: Path,
+    their_steps: tuple[Theirs, Tensor],
+    latents: Tensor,
+    pixels: Tensor,
+) -> tuple[Theirs, Drawn]:
+    """The autoencoder's answers, and the picture that it makes of their latents."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    def autoencoded(dtype: torch.dtype) -> Answers:
+        posterior = vae.to(dtype).encode(pixels.to(dtype)).latent_dist
+        return {
+            "picture": vae.decode(latents.to(dtype)).sample,
+            "mean": posterior.mean,
+            "logvar": posterior.logvar,
+        }
+
     vae = oracle("vae", checkpoint, configs)
+    _, x = their_steps
     y = vae.decode(x / vae.config.scaling_factor).sample
-    return Drawn(predictions[0], x, VaeImageProcessor().postprocess(y)[0])
+    drawn = Drawn(x, VaeImageProcessor().postprocess(y)[0])
+    return Theirs(autoencoded(torch.float32), autoencoded(torch.float64)), drawn
+
+
+# --- Both ------------------------------------------------------------------------------------
+
+
+def assert_held(ours: Ours, theirs: Theirs, what: str) -> None:
+    """Plain and fast, by the rule for parity."""
+    for how, answers in ((what, ours.plain), (f"{what}, optimised", ours.fast)):
+        exact = theirs.exact[what]
+        mine, fp32 = (side[what][-len(exact) :] for side in (answers, theirs.fp32))
+        assert_parity(mine, fp32, exact, how)
 
 
 @text_in_fp64
-@torch.no_grad()
-def test_text_states_agree_with_transformers(
-    checkpoint: Path, configs: Path, ids: Tensor, context: Tensor
-) -> None:
-    def states(dtype: torch.dtype) -> Tensor:
-        return oracle("text", checkpoint, configs, dtype)(input_ids=ids).last_hidden_state
-
-    assert context.shape == (2, 77, 768)
-    theirs, reference = states(torch.float32), states(torch.float64)
-    assert_parity(context, theirs, reference, "context")
-    optimize(text := load_text_encoder(checkpoint))
-    assert_parity(text.encode(ids), theirs, reference, "context, optimised")
+def test_text_states_agree_with_transformers(ours: Ours, their_text: Theirs) -> None:
+    assert ours.plain["context"].shape == (2, 77, 768)
+    assert_held(ours, their_text, "context")
 
 
-@torch.no_grad()
-def test_unet_agrees_with_diffusers(
-    checkpoint: Path,
-    configs: Path,
-    context: Tensor,
-    noise: Tensor,
-    our_picture: Drawn,
-    their_picture: Drawn,
-) -> None:
-    """In fp64 one of the two predictions, that of the prompt: the slowest of all."""
-    (t, _), *_ = NoiseSchedule().ddim_timesteps(STEPS)
-    exact = oracle("unet", checkpoint, configs, torch.float64)
-    reference = exact(noise.double(), t, context[1:].double()).sample
-    del exact
-    theirs = their_picture.eps[1:]
-    assert_parity(our_picture.eps[1:], theirs, reference, "eps")
-    optimize(unet := load_unet(checkpoint))
-    fast = unet(torch.cat([noise, noise]), torch.full((2,), t), context)
-    assert_parity(fast[1:], theirs, reference, "eps, optimised")
+def test_unet_agrees_with_diffusers(ours: Ours, their_steps: tuple[Theirs, Tensor]) -> None:
+    theirs, _ = their_steps
+    assert ours.plain["eps"].shape == (2, 4, 64, 64) and len(theirs.exact["eps"]) == 1
+    assert_held(ours, theirs, "eps")
 
 
-def test_guided_steps_agree_with_diffusers(our_picture: Drawn, their_picture: Drawn) -> None:
-    error = relative_error(our_picture.latents, their_picture.latents)
+def test_guided_steps_agree_with_diffusers(ours: Ours, their_steps: tuple[Theirs, Tensor]) -> None:
+    _, theirs = their_steps
+    error = relative_error(ours.drawn.latents, theirs)
     print(f"latents: {error:.3g} of their std")
     assert error <= 1e-4
 
 
 def test_the_decoded_picture_is_diffusers_own_to_one_grey_level(
-    our_picture: Drawn, their_picture: Drawn
+    ours: Ours, their_vae: tuple[Theirs, Drawn]
 ) -> None:
-    ours, theirs = (
-        torch.frombuffer(bytearray(drawn.picture.tobytes()), dtype=torch.uint8).int()
-        for drawn in (our_picture, their_picture)
+    pictures = ours.drawn.picture, their_vae[1].picture
+    assert all(picture.size == (512, 512) for picture in pictures)
+    mine, theirs = (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int()
+        for picture in pictures
     )
-    assert our_picture.picture.size == their_picture.picture.size == (512, 512)
     # A picture of black and white alone would agree too.
     assert ((theirs > 0) & (theirs < 255)).float().mean() > 0.5
-    difference = (ours - theirs).abs()
+    difference = (mine - theirs).abs()
     print(f"{int((difference > 0).sum())} of {len(difference)} values differ")
     assert difference.max() <= 1
 
 
-@torch.no_grad()
-def test_vae_decode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
-    z = randn(1, 4, 32, 32, seed=8)
-    vae = load_vae(checkpoint)
-    mine = vae.decode(z)
-    theirs = oracle("vae", checkpoint, configs).decode(z).sample
-    reference = oracle("vae", checkpoint, configs, torch.float64).decode(z.double()).sample
-    assert mine.shape == (1, 3, 256, 256)
-    assert_parity(mine, theirs, reference, "picture")
-    optimize(vae)
-    assert_parity(vae.decode(z), theirs, reference, "picture, optimised")
+def test_vae_decode_agrees_with_diffusers(ours: Ours, their_vae: tuple[Theirs, Drawn]) -> None:
+    assert ours.plain["picture"].shape == (1, 3, 256, 256)
+    assert_held(ours, their_vae[0], "picture")
 
 
-@torch.no_grad()
-def test_vae_encode_agrees_with_diffusers(checkpoint: Path, configs: Path) -> None:
-    x = randn(1, 3, 256, 256, seed=7).clamp(-1, 1)
-    vae = load_vae(checkpoint)
-    mine = vae.encode(x)
-    theirs = oracle("vae", checkpoint, configs).encode(x).latent_dist
-    exact = oracle("vae", checkpoint, configs, torch.float64).encode(x.double()).latent_dist
-    assert mine.mean.shape == (1, 4, 32, 32)
-    assert_parity(mine.mean, theirs.mean, exact.mean, "mean")
-    assert_parity(mine.logvar, theirs.logvar, exact.logvar, "logvar")
-    optimize(vae)
-    fast = vae.encode(x)
-    assert_parity(fast.mean, theirs.mean, exact.mean, "mean, optimised")
-    assert_parity(fast.logvar, theirs.logvar, exact.logvar, "logvar, optimised")
+def test_vae_encode_agrees_with_diffusers(ours: Ours, their_vae: tuple[Theirs, Drawn]) -> None:
+    assert ours.plain["mean"].shape == (1, 4, 32, 32)
+    assert_held(ours, their_vae[0], "mean")
+    assert_held(ours, their_vae[0], "logvar")
