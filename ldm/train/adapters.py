@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -176,10 +177,10 @@ def train_lora(
 
     Yields one record per step, with the weighted `loss` and the plain `mse`.
     """
-    context = contexts(text, lessons.captions)
+    lora, context = cast(LowRank, state.model), contexts(text, lessons.captions)
     while state.step < settings.optimisation.steps:
         batch = Batch.drawn(state, lessons, schedule)
-        with state.model.beside(unet):
+        with lora.beside(unet):
             loss, mse = batch.losses(unet, context[batch.chosen], prediction)
         state.update(loss)
         yield Record(state.step, {"loss": loss.detach(), "mse": mse.detach()})
@@ -240,10 +241,11 @@ def train_embedding(
         sent(one, state.device)
         for one in spelt(known, config, word, settings.vectors, lessons.captions)
     )
+    new = cast(NewWord, state.model)
     while state.step < settings.optimisation.steps:
         batch = Batch.drawn(state, lessons, schedule)
         some = batch.chosen
-        with embedded(text, state.model.vectors, index[some]), fast_step(state.device):
+        with embedded(text, new.vectors, index[some]), fast_step(state.device):
             context = text.encode(ids[some])
         loss, mse = batch.losses(unet, context, prediction)
         state.update(loss)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -124,7 +124,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def started(
-    path: Path, recipe: Optimisation, changes: dict[str, float], resume: bool
+    path: Path, recipe: Optimisation, changes: dict[str, Any], resume: bool
 ) -> Optimisation:
     """How a run is to be optimised: by the recipe but for the changes, or as its checkpoint began.
 
@@ -141,7 +141,7 @@ def lora_settings(
     rank: int | None,
     alpha: float | None,
     convolutions: bool,
-    changes: dict[str, float],
+    changes: dict[str, Any],
     resume: bool,
 ) -> LoraSettings:
     """The settings of a run; one that is resumed keeps its rank, its alpha and its layers.
@@ -163,7 +163,7 @@ def lora_settings(
 
 
 def embedding_settings(
-    out: Path, vectors: int | None, changes: dict[str, float], resume: bool
+    out: Path, vectors: int | None, changes: dict[str, Any], resume: bool
 ) -> EmbeddingSettings:
     """The settings of a run; one that is resumed keeps its number of vectors.
 
