@@ -173,8 +173,7 @@ def prepare(
         StageError: `resume` without a checkpoint that fits, or a checkpoint without `resume`.
     """
     path = out / f"{name}.pt"
-    if not resume and path.exists():
-        raise StageError(f"{path} exists: pass --resume to go on from it, or another --out")
+    check_start(path, resume)
     out.mkdir(parents=True, exist_ok=True)
     # Modules draw their first weights from the CPU's global generator: seed it here, it alone (a
     # GPU has another, which is nobody's business here), and put it back.
@@ -184,6 +183,12 @@ def prepare(
     if resume:
         state.load(path)
     return state
+
+
+def check_start(path: Path, resume: bool) -> None:
+    """A StageError where a run would begin over its own checkpoint."""
+    if not resume and path.exists():
+        raise StageError(f"{path} exists: pass --resume to go on from it, or another --out")
 
 
 def follow(loop: Iterator[Record], state: TrainState, out: Path, name: str) -> None:
