@@ -46,8 +46,8 @@ def write(path: Path, *sources: str) -> Path:
 # ------------------------------------------------------------------------------ the walk-through
 
 
-def test_the_walk_through_has_sixteen_notebooks():
-    assert [path.name[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 17)]
+def test_the_walk_through_has_fifteen_notebooks():
+    assert [path.name[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 16)]
 
 
 @can_plot
