@@ -6,9 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ldm.cli import options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASURES = (
     "attention",
@@ -156,7 +159,7 @@ def memorise(args: argparse.Namespace) -> Measured:
     found = evaluate_memorise(seed=args.seed, out=args.out)
     lines = (found.over_time("from_set"), found.over_time("from_truth"), found.by_scenes())
     with written_whole(plot) as temporary:
-        viz.memorising(*lines).figure.savefig(temporary, format="png", dpi=110)
+        cast("Figure", viz.memorising(*lines).figure).savefig(temporary, format="png", dpi=110)
     return found
 
 

@@ -59,9 +59,9 @@ BATCH = 32
 COPY = 1 / 3
 
 IN_WORDS = {
-    "by heart": "it has learnt by heart",
-    "the world": "it has understood the world from",
-    "neither": "it has not yet learnt either from",
+    "by heart": "nearer to its training set, by heart, with",
+    "the world": "nearer to the world with",
+    "neither": "not trained for long enough to be near to either with",
 }
 
 NETWORK = UNetConfig(
@@ -281,7 +281,8 @@ def learnt_from(
         points.append(
             Point(
                 step,
-                *(list(column) for column in zip(*found, strict=True)),
+                [from_set for from_set, _ in found],
+                [from_truth for _, from_truth in found],
                 copies(pictures, members),
                 nearest(pictures, members) / nearest(fresh, members),
             )

@@ -237,17 +237,15 @@ def memorising(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    left, middle, right = (figure.add_subplot(1, 3, i, axes_class=kind) for i in (1, 2, 3))
-    top = 1.05 * max(
-        y for lines in (from_set, from_truth) for line in lines.values() for y in line.values()
-    )
+    left = figure.add_subplot(1, 3, 1, axes_class=kind)
+    middle = figure.add_subplot(1, 3, 2, axes_class=kind, sharey=left)
+    right = figure.add_subplot(1, 3, 3, axes_class=kind)
     for ax, lines, title in (
         (left, from_set, "From the training set by heart"),
         (middle, from_truth, "From the world"),
     ):
-        curves(lines, log="x", title=title, xlabel="steps of training", ordered=True, ax=ax)
+        curves(lines, log="xy", title=title, xlabel="steps of training", ordered=True, ax=ax)
         ax.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
-        ax.set_ylim(0, min(top, 2.5))  # a fresh network may be anywhere
         if (legend := ax.get_legend()) is not None:
             legend.remove()
     left.set_ylabel("distance")

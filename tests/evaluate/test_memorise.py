@@ -101,12 +101,12 @@ def test_one_line_says_what_was_learnt_from_how_many_scenes() -> None:
     ends = {2: (0.1, 0.9), 8: (0.4, 0.5), 32: (0.6, 0.5), 128: (0.9, 0.2), 512: (1.2, 1.1)}
     found = results(*(curve(scenes, *end) for scenes, end in ends.items()))
     assert found.in_words() == (
-        "After 40 steps, at t = 200: it has learnt by heart 2, 8 scenes; "
-        "it has understood the world from 32, 128 scenes; "
-        "it has not yet learnt either from 512 scenes."
+        "After 40 steps, at t = 200: nearer to its training set, by heart, with 2, 8 scenes; "
+        "nearer to the world with 32, 128 scenes; "
+        "not trained for long enough to be near to either with 512 scenes."
     )
     assert results(curve(2, 0.1, 0.9)).in_words() == (
-        "After 40 steps, at t = 200: it has learnt by heart 2 scenes."
+        "After 40 steps, at t = 200: nearer to its training set, by heart, with 2 scenes."
     )
 
 
