@@ -1,14 +1,17 @@
 """`ldm evaluate`: how well a model's pictures follow their prompts, how near they are to the law of
-their world, where its words look, or how well it edits."""
+their world, where its words look, or how well it edits; and what small networks learn."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ldm.cli import options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASURES = (
     "attention",
@@ -16,6 +19,7 @@ MEASURES = (
     "budget",
     "samplers",
     "edits",
+    "memorise",
 )  # without one of these: prompts
 DRAWING = ("steps", "sampler", "guidance_scale")
 EXAMPLES = """examples:
@@ -24,6 +28,7 @@ EXAMPLES = """examples:
   ldm evaluate --distribution --per-kind 50 --out drawn.jsonl
   ldm evaluate --budget --guidance-scale 3
   ldm evaluate --edits --steps 20
+  ldm evaluate --memorise --out memorise.jsonl
 """
 
 
@@ -86,6 +91,12 @@ def add_parser(commands: options.Commands) -> None:
         help="how near every way to edit a picture comes to the right answer, which is known",
     )
     p.add_argument(
+        "--memorise",
+        action="store_true",
+        help="train small networks on 2 to 8,192 pictures: which learn their world, and which the "
+        "pictures by heart?",
+    )
+    p.add_argument(
         "--per-kind",
         type=int,
         metavar="N",
@@ -96,7 +107,8 @@ def add_parser(commands: options.Commands) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON lines of what --distribution sees; asked again, it draws only what is missing",
+        help="JSON lines of what --distribution sees, or of the curves of --memorise, with a plot "
+        "beside it; asked again, only what is missing is drawn or trained",
     )
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=run)
@@ -110,21 +122,45 @@ def run(args: argparse.Namespace) -> int:
     for name, wanted in (
         ("per_value", args.attention or not asked),
         ("per_kind", args.distribution or args.budget or args.edits),
-        ("out", args.distribution),
+        ("out", args.distribution or args.memorise),
     ):
         option, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is not None and not wanted:
             raise ValueError(f"{option} does not go with what is measured: leave it out")
         if name != "out" and value is not None and value < 1:
             raise ValueError(f"{option} must be 1 or more, not {value}")
-    fixed = {"--attention": DRAWING, "--samplers": ("steps", "sampler")}
+    fixed = {
+        "--attention": DRAWING,
+        "--samplers": ("steps", "sampler"),
+        "--memorise": (*DRAWING, "weights", "device"),
+    }
     for name in fixed.get(asked[0], ()) if asked else ():
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"leave out --{option}: {asked[0]} has its own, or none")
-    results = measure(args)
+    results = memorise(args) if args.memorise else measure(args)
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.as_markdown())
     return 0
+
+
+def memorise(args: argparse.Namespace) -> Measured:
+    """The curves; where `--out` says, they are kept, and drawn beside it."""
+    from ldm import viz
+    from ldm.evaluate.memorise import evaluate_memorise
+    from ldm.files import check_writable, written_whole
+
+    if args.out is None:
+        return evaluate_memorise(seed=args.seed)
+    plot = args.out.with_suffix(".png")
+    if plot == args.out:
+        raise ValueError(f"--out is for JSON lines, {plot} for the plot: give another name")
+    check_writable(plot)
+    viz.curves({"a plot": {0: 0}})  # an ImportError before anything is trained, not after
+    found = evaluate_memorise(seed=args.seed, out=args.out)
+    lines = (found.over_time("from_set"), found.over_time("from_truth"), found.by_scenes())
+    with written_whole(plot) as temporary:
+        cast("Figure", viz.memorising(*lines).figure).savefig(temporary, format="png", dpi=110)
+    return found
 
 
 def measure(args: argparse.Namespace) -> Measured:

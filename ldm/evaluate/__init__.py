@@ -10,6 +10,9 @@
 - `samplers.py`: how few calls of the UNet make a good picture? `evaluate_samplers` asks every one.
 - `edits.py`: does an edit change what it should, and nothing else? `evaluate_edits` holds every way
   to edit a picture against the right answer.
+- `memorise.py`: is the world learnt, or the training set by heart? `evaluate_memorise` trains small
+  networks on few pictures and on many.
+- `kept.py`: results that take long, kept in a file as they come.
 - `attention.py`: where do words look? `evaluate_attention` holds maps against true masks.
 - `attention_tables.py`: that one's results, for programs and for people.
 - `verify.py`: are these the official weights, and does our code do with them what others' does?
@@ -18,6 +21,6 @@
   the inputs. `verify_file.py`: what only the file can tell. `verify_tables.py`: the results.
 
 Others take `evaluate`, `evaluate_distribution`, `evaluate_budget`, `evaluate_samplers`,
-`evaluate_edits`, `evaluate_attention` and `verify`; each returns results with `as_dict` and
-`as_markdown`.
+`evaluate_edits`, `evaluate_memorise`, `evaluate_attention` and `verify`; each returns results with
+`as_dict` and `as_markdown`.
 """

@@ -27,13 +27,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from ldm.evaluate.distribution_tables import DistributionResults, KindResults
+from ldm.evaluate.kept import kept
 from ldm.evaluate.prompts import EVALUATION_STREAM, verdicts
 from ldm.evaluate.statistics import (
     diversity,
@@ -43,7 +44,7 @@ from ldm.evaluate.statistics import (
     share_below,
     shift,
 )
-from ldm.files import append_text, check_writable, write_text
+from ldm.files import append_text
 from ldm.pipeline import TextToImage
 from ldm.settings import Settings
 from ldm.worlds.captions import SOME
@@ -172,7 +173,9 @@ def evaluate_distribution(
     told: dict[str, float | str] = {
         name: getattr(settings, name) for name in ("sampler", "steps", "guidance_scale")
     }
-    known = {} if out is None else kept_pictures(out, {"weights": weights, **told})
+    header, what = {"weights": weights, **told}, "pictures of this model and these settings"
+    before = [] if out is None else kept(out, header, lambda line: Drawn(**line), what)
+    known = {(one.prompt, one.seed): one for one in before}
     rng = np.random.default_rng([seed, EVALUATION_STREAM, 4])
     atoms = np.stack([thumb(scene.render(64)) for scene in training]) if training else None
     results = []
@@ -232,30 +235,6 @@ def thumb(image: Image) -> npt.NDArray[np.float64]:
 
     small = image.convert("RGB").resize((THUMB, THUMB), Resampling.BOX)
     return np.asarray(small, np.float64).ravel()
-
-
-def kept_pictures(out: Path, header: dict[str, Any]) -> dict[tuple[str, int], Drawn]:
-    """What the file holds, by prompt and seed; without one it is begun, with its header.
-
-    A last line that was cut off is dropped. Raises ValueError for another header, or for no such
-    file.
-    """
-    check_writable(out)
-    first = json.dumps(header)
-    if not out.exists():
-        write_text(out, first + "\n")
-        return {}
-    whole, _, cut = out.read_text(encoding="utf-8").rpartition("\n")
-    lines = whole.split("\n")
-    if lines[0] != first:
-        raise ValueError(f"{out} holds no pictures of this model and these settings: {first}")
-    try:
-        drawn = [Drawn(**json.loads(line)) for line in lines[1:]]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{out} is damaged: {error}") from error
-    if cut:
-        write_text(out, whole + "\n")
-    return {(one.prompt, one.seed): one for one in drawn}
 
 
 # ------------------------------------------------------------------------------------- judging

@@ -56,6 +56,7 @@ from ldm.viz.plots import (
     guidance_norms,
     latent_components,
     latent_histogram,
+    memorising,
     snr,
     timestep_rows,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "latent_components",
     "latent_histogram",
     "live",
+    "memorising",
     "overlay",
     "principal_components",
     "scene_images",

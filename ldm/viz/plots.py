@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.samplers import Grid
 from ldm.schedule import NoiseLevel, NoiseSchedule
-from ldm.viz.colours import LINES
+from ldm.viz.colours import LINES, heat
 from ldm.viz.latents import histogram, principal_components
 from ldm.viz.runs import Run, guidance, timesteps
 
@@ -184,6 +184,7 @@ def curves(
     title: str = "",
     xlabel: str = "",
     ylabel: str = "",
+    ordered: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """What was measured, as lines with a colour and a mark of their own: {name: {x: y}}.
@@ -191,6 +192,7 @@ def curves(
     Args:
         log: which axes are logarithmic: "", "x", "y" or "xy".
         truth: the y that all of them should have, as a dashed line.
+        ordered: the lines are more and more of something, and their colours darker and darker.
 
     Raises:
         ValueError: there are no lines, one has no points, or `log` is something else.
@@ -200,8 +202,9 @@ def curves(
     if log not in ("", "x", "y", "xy"):
         raise ValueError(f"log must be '', 'x', 'y' or 'xy', not {log!r}")
     ax = new_axes() if ax is None else ax
+    shades = heat(np.linspace(0.8, 0.15, len(lines))) / 255
     for i, (name, points) in enumerate(lines.items()):
-        mark, colour = MARKS[i % len(MARKS)], LINES[i % len(LINES)]
+        mark, colour = MARKS[i % len(MARKS)], shades[i] if ordered else LINES[i % len(LINES)]
         values = list(points.values())
         ax.plot(list(points), values, f"{mark}-", color=colour, markersize=4.5, label=name)
     if truth is not None:
@@ -215,6 +218,46 @@ def curves(
         ax.legend(fontsize="small")
     _light_grid(ax)
     return ax
+
+
+def memorising(
+    from_set: Mapping[str, Mapping[float, float]],
+    from_truth: Mapping[str, Mapping[float, float]],
+    at_the_end: Mapping[str, Mapping[float, float]],
+) -> Axes:
+    """What networks learn from few pictures and from many (`ldm.evaluate.memorise`): three axes in
+    a figure, of which the first are returned.
+
+    Args:
+        from_set: {training set: {steps: distance}}, from what is known by heart of it.
+        from_truth: the same from the world's truth; 1 is how far these two are from each other.
+        at_the_end: {what: {scenes: share}}.
+    """
+    kind = shown_axes()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    left = figure.add_subplot(1, 3, 1, axes_class=kind)
+    middle = figure.add_subplot(1, 3, 2, axes_class=kind, sharey=left)
+    right = figure.add_subplot(1, 3, 3, axes_class=kind)
+    for ax, lines, title in (
+        (left, from_set, "From the training set by heart"),
+        (middle, from_truth, "From the world"),
+    ):
+        curves(lines, log="xy", title=title, xlabel="steps of training", ordered=True, ax=ax)
+        ax.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
+    left.set_ylabel("distance")
+    curves(at_the_end, log="x", title="At the end", xlabel="scenes trained on", ax=right)
+    right.set_ylim(bottom=0)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=len(from_set),
+        fontsize="small",
+    )
+    return left
 
 
 # -------------------------------------------------------------------------------------- latents

@@ -73,6 +73,26 @@ def test_curves_are_the_points_that_were_measured() -> None:
         viz.curves({"a": {1: 1}}, log="z")
 
 
+def test_lines_of_more_and_more_grow_darker() -> None:
+    lines = viz.curves({str(n): {1: n} for n in (2, 8, 32)}, ordered=True).get_lines()
+    brightness = [sum(line.get_color()) for line in lines]
+    assert brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 3
+
+
+def test_memorising_is_shown_in_three_axes_with_one_legend_of_the_training_sets() -> None:
+    by_heart = {"2 scenes": {16: 3.0, 64: 0.1}, "8 scenes": {16: 3.0, 64: 0.6}}
+    truth = {"2 scenes": {16: 3.0, 64: 0.9}, "8 scenes": {16: 3.0, 64: 0.5}}
+    first = viz.memorising(by_heart, truth, {"copies": {2: 0.8, 8: 0.1}})
+    left, middle, right = first.figure.axes
+    low, high = left.get_ylim()
+    assert left is first and (low, high) == middle.get_ylim() and low < 0.1 < 3.0 < high
+    assert list(left.get_lines()[0].get_ydata()) == [3.0, 0.1]
+    assert list(middle.get_lines()[1].get_ydata()) == [3.0, 0.5]
+    assert list(right.get_lines()[0].get_ydata()) == [0.8, 0.1]
+    (legend,) = first.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["2 scenes", "8 scenes"]
+
+
 def test_signal_to_noise_is_drawn_on_a_logarithmic_axis() -> None:
     assert viz.snr(SCHEDULE).get_yscale() == "log"
 
