@@ -21,9 +21,7 @@ def add_parser(commands: options.Commands) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="a new folder for the files"
     )
     p.add_argument("--float32", action="store_true", help="weights as they are (default: int8)")
-    p.add_argument(
-        "--weights", type=Path, metavar="PATH", help="(default: Horizon, which is shipped)"
-    )
+    options.add_weights_option(p)
     options.add_model_options(p)
     p.set_defaults(run=run)
 

@@ -202,6 +202,13 @@ def add_sampler_options(p: argparse._ActionsContainer) -> None:
     )
 
 
+def add_weights_option(p: argparse._ActionsContainer) -> None:
+    """The main file or folder of weights, which need not be named."""
+    p.add_argument(
+        "--weights", type=Path, metavar="PATH", help="a file or folder (default: Horizon, shipped)"
+    )
+
+
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """What a model is made of, but for the main file or folder of its weights."""
     p.add_argument("--vae", type=Path, metavar="PATH", help="another file with the autoencoder")
@@ -228,12 +235,7 @@ def add_model_options(p: argparse._ActionsContainer) -> None:
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The model that draws, where, and in what precision."""
     p = parser.add_argument_group("the model")
-    p.add_argument(
-        "--weights",
-        type=Path,
-        metavar="PATH",
-        help="a file or folder (default: Horizon, shipped)",
-    )
+    add_weights_option(p)
     add_model_options(p)
     add_device_option(p)
     p.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, else float32)")

@@ -18,7 +18,7 @@ TAUGHT = {
     "embedding": ("word", "start", "vectors"),
 }
 """What a finished model can be taught, and the options of that alone."""
-TEACHING = ("pictures", "caption", "weights", "vae", "text", "config", "prediction")
+TEACHING = ("pictures", "caption", "weights", "vae", "text", "config", "ema", "prediction")
 """The options that both have."""
 EXAMPLES = """examples:
   ldm train horizon --out runs/mine
@@ -77,9 +77,7 @@ def add_teaching_options(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--word", metavar="NAME", help="embedding: the word that is new")
     p.add_argument("--start", metavar="WORD", help="embedding: a known word to begin from")
     p.add_argument("--vectors", type=int, metavar="N", help="embedding: tokens of the word (1)")
-    p.add_argument(
-        "--weights", type=Path, metavar="PATH", help="a file or folder (default: Horizon, shipped)"
-    )
+    options.add_weights_option(p)
     options.add_model_options(p)
 
 
@@ -121,7 +119,8 @@ def check_options(args: argparse.Namespace) -> None:
         foreign = [f"--{name}" for name in own if getattr(args, name) is not None]
         if foreign and args.stage != one:
             raise ValueError(f"{foreign[0]} is for ldm train {one}")
-    given = [f"--{name}" for name in TEACHING if getattr(args, name) is not None]
+    # Where nobody says it, --ema is "auto", and every other option is None.
+    given = [f"--{name}" for name in TEACHING if getattr(args, name) not in (None, "auto")]
     if given and args.stage not in TAUGHT:
         raise ValueError(f"{given[0]} is for ldm train {' and '.join(TAUGHT)}")
     needed = {"lora": ("pictures",), "embedding": ("pictures", "word", "start")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ldm.cli import options
 from ldm.errors import printable
@@ -16,9 +15,7 @@ EXAMPLES = """examples:
 
 def add_parser(commands: options.Commands) -> None:
     p = commands.add_parser("words", help="list the words that a model knows", epilog=EXAMPLES)
-    p.add_argument(
-        "--weights", type=Path, metavar="PATH", help="a file or folder (default: Horizon, shipped)"
-    )
+    options.add_weights_option(p)
     p.set_defaults(run=run)
 
 

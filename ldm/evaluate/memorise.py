@@ -148,7 +148,7 @@ class MemoriseResults:
     def as_markdown(self) -> str:
         """For people: how each training ended."""
         told = ", ".join(
-            f"{name} {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+            f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in self.settings.items()
         )
         heads = ["scenes", *(f"t = {t}" for t in self.settings["levels"])]

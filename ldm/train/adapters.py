@@ -9,7 +9,7 @@ Both loops minimise what the UNet was trained with (LDM, eq. 3). What they may c
 
 The model itself is only read: its weights stay as they are, bit for bit, and between two steps it
 draws as ever. What was learnt is a small file, which `pipe.load_lora` and `pipe.load_embedding`
-read, as do diffusers and AUTOMATIC1111's program.
+read: a LoRA under kohya's names, a word as diffusers writes it, since both are read everywhere.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ldm.checkpoints.embedding import MOST_VECTORS
 from ldm.config import TextConfig
 from ldm.device import sent
 from ldm.files import written_whole
-from ldm.schedule import NoiseSchedule, noised, output_from
+from ldm.schedule import NoiseSchedule
 from ldm.text import CLIPTextEncoder
 from ldm.tokenizer import Tokenizer
 from ldm.train.data import rng_at
-from ldm.train.diffusion import DiffusionSettings, draw_timesteps, min_snr_weight
+from ldm.train.diffusion import Batch, DiffusionSettings, min_snr_weight
 from ldm.train.lessons import Lessons
 from ldm.train.state import Optimisation, Record, TrainState, fast_step
 from ldm.unet import UNet
@@ -179,9 +179,9 @@ def train_lora(
     """
     lora, context = cast(LowRank, state.model), contexts(text, lessons.captions)
     while state.step < settings.optimisation.steps:
-        batch = Batch.drawn(state, lessons, schedule)
+        chosen, batch = lesson(state, lessons, schedule)
         with lora.beside(unet):
-            loss, mse = batch.losses(unet, context[batch.chosen], prediction)
+            loss, mse = losses(batch, unet, context[chosen], prediction)
         state.update(loss)
         yield Record(state.step, {"loss": loss.detach(), "mse": mse.detach()})
 
@@ -243,11 +243,10 @@ def train_embedding(
     )
     new = cast(NewWord, state.model)
     while state.step < settings.optimisation.steps:
-        batch = Batch.drawn(state, lessons, schedule)
-        some = batch.chosen
-        with embedded(text, new.vectors, index[some]), fast_step(state.device):
-            context = text.encode(ids[some])
-        loss, mse = batch.losses(unet, context, prediction)
+        chosen, batch = lesson(state, lessons, schedule)
+        with embedded(text, new.vectors, index[chosen]), fast_step(state.device):
+            context = text.encode(ids[chosen])
+        loss, mse = losses(batch, unet, context, prediction)
         state.update(loss)
         yield Record(state.step, {"loss": loss.detach(), "mse": mse.detach()})
 
@@ -295,46 +294,28 @@ def embedded(text: CLIPTextEncoder, vectors: Tensor, index: Tensor) -> Iterator[
 # --- The error that both minimise -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one step learns from: noisy latents, and what the UNet should say of them.
+RECIPE = DiffusionSettings()
+"""How the UNet itself was trained: its timesteps and its weights of them are taken here too."""
 
-    Attributes:
-        chosen: (B,), which of the lessons.
-        x0, noise: (B, C, h, w).
-        t: (B,).
-        alpha_bar: (B, 1, 1, 1).
-    """
 
-    chosen: Tensor
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    alpha_bar: Tensor
+def lesson(state: TrainState, lessons: Lessons, schedule: NoiseSchedule) -> tuple[Tensor, Batch]:
+    """Which lessons a step learns from, (B,), and these with noise on them; both depend on the seed
+    and the step alone."""
+    size, count = state.settings.batch_size, len(lessons.latents)
+    rng = rng_at(state.settings.seed + 1, state.step)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    chosen = sent(torch.from_numpy(rng.choice(count, size, size > count)), state.device)
+    return chosen, Batch.drawn(lessons.latents[chosen], rng, generator, schedule, RECIPE)
 
-    @staticmethod
-    def drawn(state: TrainState, lessons: Lessons, schedule: NoiseSchedule) -> Batch:
-        """The batch of a step, which depends on the seed and the step alone. The timesteps are
-        spread as those that the UNet itself was trained on."""
-        size, count = state.settings.batch_size, len(lessons.latents)
-        rng = rng_at(state.settings.seed + 1, state.step)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        chosen = sent(torch.from_numpy(rng.choice(count, size, size > count)), state.device)
-        x0 = lessons.latents[chosen]
-        noise = sent(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
-        t = draw_timesteps(rng, size, len(schedule.alpha_bar), DiffusionSettings())
-        alpha_bar = sent(schedule.alpha_bar[t], x0.device, x0.dtype).view(-1, 1, 1, 1)
-        return Batch(chosen, x0, noise, sent(t, x0.device), alpha_bar)
 
-    def losses(self, unet: UNet, context: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-        """The squared error of what the UNet says, weighted by its noise as in training
-        (`min_snr_weight`), and plain."""
-        with fast_step(self.x0.device):
-            output = unet(noised(self.x0, self.noise, self.alpha_bar), self.t, context)
-        target = output_from(prediction, self.x0, self.noise, self.alpha_bar)
-        error = (output.float() - target).square()  # (B, C, h, w)
-        balance = min_snr_weight(prediction, self.alpha_bar, DiffusionSettings().snr_gamma)
-        return (balance * error).mean(), error.mean()
+def losses(batch: Batch, unet: UNet, context: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """The mean squared error of what the UNet says, weighted by its noise as in training
+    (`min_snr_weight`), and plain."""
+    with fast_step(batch.x0.device):
+        output = unet(batch.x, batch.t, context)
+    error = batch.error(output, prediction)  # (B, C, h, w)
+    balance = min_snr_weight(prediction, batch.alpha_bar, RECIPE.snr_gamma)  # (B, 1, 1, 1)
+    return (balance * error).mean(), error.mean()
 
 
 # --- Files ------------------------------------------------------------------------------------

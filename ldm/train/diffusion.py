@@ -120,24 +120,60 @@ def train_diffusion(
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         told = [draw_caption(rng, data.scenes, settings) for _ in range(s.batch_size)]
         chosen = sent(torch.tensor([index for index, _ in told]), state.device)
-        x0 = data.latents[chosen]
-        t = draw_timesteps(rng, s.batch_size, len(schedule.alpha_bar), settings)
-        noise = sent(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
-        alpha_bar = sent(schedule.alpha_bar[t], x0.device, x0.dtype).view(-1, 1, 1, 1)
+        batch = Batch.drawn(data.latents[chosen], rng, generator, schedule, settings)
 
         with fast_step(state.device):
             with torch.no_grad():
                 context = text([caption for _, caption in told])
-            x = noised(x0, noise, alpha_bar)
-            output = state.model(x, sent(t, x0.device), context)
-        target = output_from(prediction, x0, noise, alpha_bar)
-        error = (output.float() - target).square()  # (B, C, h, w)
-        balance = min_snr_weight(prediction, alpha_bar, settings.snr_gamma)  # (B, 1, 1, 1)
-        visible = alpha_bar.where(alpha_bar >= OBJECTS_FROM, 0.0)
+            output = state.model(batch.x, batch.t, context)
+        error = batch.error(output, prediction)  # (B, C, h, w)
+        balance = min_snr_weight(prediction, batch.alpha_bar, settings.snr_gamma)  # (B, 1, 1, 1)
+        visible = batch.alpha_bar.where(batch.alpha_bar >= OBJECTS_FROM, 0.0)
         weight = 1.0 + settings.object_weight * visible * data.objects[chosen]  # (B, 1, h, w)
         loss = (balance * weight * error).mean() / weight.mean()
         state.update(loss)
         yield Record(state.step, {"loss": loss.detach(), "mse": error.detach().mean()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents with noise on them, and so what a UNet should say of them.
+
+    Attributes:
+        x0, noise: (B, C, h, w).
+        t: (B,) int64.
+        alpha_bar: (B, 1, 1, 1).
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    alpha_bar: Tensor
+
+    @classmethod
+    def drawn(
+        cls,
+        x0: Tensor,
+        rng: np.random.Generator,
+        generator: torch.Generator,
+        schedule: NoiseSchedule,
+        settings: DiffusionSettings,
+    ) -> Batch:
+        """Timesteps from `rng`, and noise from `generator`, for clean latents."""
+        t = draw_timesteps(rng, len(x0), len(schedule.alpha_bar), settings)
+        noise = sent(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
+        alpha_bar = sent(schedule.alpha_bar[t], x0.device, x0.dtype).view(-1, 1, 1, 1)
+        return cls(x0, noise, sent(t, x0.device), alpha_bar)
+
+    @property
+    def x(self) -> Tensor:
+        """What the UNet is shown, (B, C, h, w)."""
+        return noised(self.x0, self.noise, self.alpha_bar)
+
+    def error(self, output: Tensor, prediction: str) -> Tensor:
+        """The squared error of what it says, (B, C, h, w)."""
+        target = output_from(prediction, self.x0, self.noise, self.alpha_bar)
+        return (output.float() - target).square()
 
 
 def draw_caption(

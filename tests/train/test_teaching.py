@@ -23,11 +23,12 @@ from ldm.pipeline import TextToImage
 from ldm.schedule import NoiseSchedule, output_from
 from ldm.train import teach
 from ldm.train.adapters import (
-    Batch,
     EmbeddingSettings,
     LoraSettings,
     LowRank,
     NewWord,
+    lesson,
+    losses,
     save_embedding,
     save_lora,
     train_embedding,
@@ -120,10 +121,11 @@ def test_a_unet_that_is_right_costs_nothing_and_another_does(prediction: str) ->
     zero_snr = ScheduleConfig(zero_terminal_snr=prediction != "eps")
     state = TrainState(nn.Linear(1, 1), dataclasses.replace(SHORT, batch_size=8))
     lessons = Lessons(randn(3, 4, 8, 8), CAPTIONS)
-    batch = Batch.drawn(state, lessons, NoiseSchedule(zero_snr))
+    chosen, batch = lesson(state, lessons, NoiseSchedule(zero_snr))
+    assert torch.equal(batch.x0, lessons.latents[chosen])
     right = output_from(prediction, batch.x0, batch.noise, batch.alpha_bar)
     for output, is_right in ((right, True), (right + 0.5, False)):
-        loss, mse = batch.losses(lambda *_, y=output: y, right, prediction)  # type: ignore[misc,arg-type]
+        loss, mse = losses(batch, lambda *_, y=output: y, right, prediction)  # type: ignore[misc,arg-type]
         assert mse == pytest.approx(0.0 if is_right else 0.25, abs=1e-6)
         assert (loss < 1e-6) if is_right else (0.01 < loss < 10)
 
@@ -343,11 +345,12 @@ def test_what_cannot_be_taught_is_one_line_before_any_work(
     assert not (there / "run").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--pictures", "x"), ("--ema", "no")])
 def test_options_of_teaching_are_for_teaching(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", "clip", "--pictures", "x", "--out", str(tmp_path / "run")]) == 2
-    assert "--pictures is for ldm train lora and embedding" in capsys.readouterr().err
+    assert cli.main(["train", "clip", option, value, "--out", str(tmp_path / "run")]) == 2
+    assert f"{option} is for ldm train lora and embedding" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
